@@ -168,6 +168,8 @@ def _one(run: Path, jobs: _Jobs) -> dict[str, Any]:
     steps = _steps(run, folder)
     last = progress.last
     state = _state(run, events, jobs)
+    held = owner.of(run)
+    number = held.attempt if held is not None and not state["ended"] else 0
     known = [float(one["time"]) for one in (*events, last) if isinstance(one.get("time"), int | float)]
     # A killed run without a launcher has no event for its end, so its time ends with the last line that it wrote.
     now = max(known) if state["ended"] and known else time.time()
@@ -176,11 +178,16 @@ def _one(run: Path, jobs: _Jobs) -> dict[str, Any]:
     committed = next((e["time"] for e in reversed(events) if e["event"] == "save_committed"), None)
     step_time = last.get("step_time_s")
     done = _steps_done(last, events)
-    going = state["state"].startswith("RUNNING") and steps is not None and step_time is not None
+    going = (
+        state["state"].startswith("RUNNING")
+        and state["reason"] != STARTING
+        and steps is not None
+        and step_time is not None
+    )
     return {
         "run": str(run),
         **state,
-        "attempt": max((int(event.get("attempt", 0)) for event in events), default=0),
+        "attempt": max([number, *(int(event.get("attempt", 0)) for event in events)]),
         "step": done,
         "steps": steps,
         "eta_s": (steps - done) * float(step_time) if going and steps is not None and step_time is not None else None,

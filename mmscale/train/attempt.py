@@ -43,7 +43,7 @@ from mmscale.train.log.records import Records, open_records
 from mmscale.train.log.stragglers import RankTimes
 from mmscale.train.loop import Hook, Trainer
 from mmscale.train.mirroring import mirroring
-from mmscale.train.opening_lines import opening_lines
+from mmscale.train.opening_lines import MOST_CHANGES, opening_lines
 from mmscale.train.plugin_hooks import AnnouncedSaves, HookRun, PluginHooks
 from mmscale.train.preflight import tokenizers_of
 from mmscale.train.stages.built import BuiltStage, Given, Tools
@@ -55,7 +55,6 @@ from mmscale.train.steps.step_guard import StepGuard
 from mmscale.train.throughput import Throughput, peak_tflops
 
 FINISHED, STOPPED = 0, 75
-MOST_CHANGES = 50  # largest number of changed settings that an event lists
 
 
 class Attempt:
@@ -77,8 +76,7 @@ class Attempt:
         stack: contextlib.ExitStack,
         starting: Waiting,
     ) -> None:
-        self.starting = starting
-        self.entry, self.given, self.stop, self.stack = entry, given, stop, stack
+        self.entry, self.given, self.stop, self.stack, self.starting = entry, given, stop, stack, starting
         self.config, self.env, self.folder = given.settings, given.env, given.folder
         self.groups: ProcessGroupCollection = given.groups
         self.train_data, self.fence = train_data, fence
@@ -88,6 +86,7 @@ class Attempt:
         self.number = from_first((launched_attempt(self.folder) or next_attempt(self.folder)) if first else None)
         self.stage = build(given)
         self.state, self.stepper = self.stage.state, self.stage.stepper
+        self.begins_at = self.state.sequences
         self.records: Records = stack.enter_context(
             open_records(
                 self.folder,
@@ -114,7 +113,7 @@ class Attempt:
             data=self.data,
             evaluated_on=self.evaluated_on,
             origin=self.stage.origin(),
-            begins_at=self.state.sequences,
+            begins_at=self.begins_at,
             records=self.records,
             progress=self.progress,
             faults=self.faults,
@@ -286,6 +285,7 @@ class Attempt:
             self.given,
             self.stage,
             attempt=self.number,
+            begins_at=self.begins_at,
             train_data=self.train_data,
             evaluated_on=self.evaluated_on,
             extents=self.tools.extents,
@@ -325,8 +325,8 @@ class Attempt:
     def _trainer(self) -> Trainer:
         loader = loader_of(self.config, self.groups, self.train_data, consumed=self.state.sequences)
         self.stack.callback(loader.close)
-        begun = functools.partial(self.faults.at, "begin")
-        times = RankTimes(self.config, stepper=self.stepper, state=self.state, begun=begun)
+        at = functools.partial(self.faults.at, "begin")
+        times = RankTimes(self.config, stepper=self.stepper, state=self.state, begun=at)
         guard = StepGuard(
             self.config,
             state=self.state,

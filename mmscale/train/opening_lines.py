@@ -12,12 +12,15 @@ from mmscale.train.log.exposure import exposure
 from mmscale.train.stages.built import BuiltStage, Given
 from mmscale.train.steps.evaluation import partly_read
 
+MOST_CHANGES = 50  # largest number of changed settings that an event lists
+
 
 def opening_lines(
     given: Given,
     stage: BuiltStage,
     *,
     attempt: int,
+    begins_at: int,
     train_data: Mixture,
     evaluated_on: EvaluatedOn,
     extents: Mapping[str, str],
@@ -30,6 +33,7 @@ def opening_lines(
         given: the inputs of the stage.
         stage: its parts.
         attempt: its number.
+        begins_at: sequences consumed before the stage's first step.
         train_data: the training data.
         evaluated_on: validation sets and tasks.
         extents: which part of a held-out set is read, by its name.
@@ -39,7 +43,10 @@ def opening_lines(
     config = given.settings
     parameters = plan(given.config)["parameters"] if given.folder == given.run else {}
     yield from stage.announce(attempt=attempt)
-    yield exposure(config, train_data, parameters=parameters)
+    left = max(0, config.train.steps - stage.state.step) * config.train.global_batch_size
+    # Earlier steps of the stage may have had batches of another size.
+    sequences = stage.state.sequences - begins_at + left
+    yield exposure(config, train_data, sequences=sequences, parameters=parameters)
     yield from evaluated_on.lines
     yield from partly_read(extents, batches=config.train.eval_batches)
     yield from faults.warnings()

@@ -63,7 +63,7 @@ def test_a_second_attempt_is_known_while_it_loads_torch(
         os.kill(started.process.pid, signal.SIGINT)
     finally:
         ended = started.end()
-    assert (shown["state"], shown["reason"]) == ("RUNNING", "starting")
+    assert (shown["state"], shown["reason"], shown["attempt"], shown["eta_s"]) == ("RUNNING", "starting", 2, None)
     assert said.out == "of the first attempt\n"
     assert "attempt 2 is starting and has printed nothing yet; above is" in said.err
     assert_says(ended, status=1, cause="stopped by SIGINT before training began", remedy="start it again")

@@ -61,6 +61,7 @@ from mmscale.data.prepared.parts import (
     strict_error,
 )
 from mmscale.data.prepared.questions import read_questions
+from mmscale.data.prepared.reasons import rejected_words
 from mmscale.data.prepared.remarks import remarks_on
 from mmscale.data.prepared.reuse import check_companions, companion_of
 from mmscale.data.prepared.shares import Share, SharedPlan, shares_of
@@ -396,5 +397,4 @@ def _check_strict(strict: bool, parts: Iterable[FinishedPart]) -> None:
 
 def _report(reporter: Reporter, out: Path, manifest: Manifest, state: str) -> None:
     counts = ", ".join(f"{split.documents} {name}" for name, split in manifest.splits.items())
-    rejected = f"; {manifest.rejected} rejected, see {out / REJECTED}" if manifest.rejected else ""
-    reporter.say(f"{out} {state}: {counts} documents{rejected}")
+    reporter.say(f"{out} {state}: {counts} documents{rejected_words(out / REJECTED, manifest.rejected)}")

@@ -16,15 +16,16 @@ from mmscale.train.log.progress_lines import count
 _PARTS = 16  # of the steps of an attempt, between which passes are read off a straight line
 
 
-def exposure(config: Config, data: Mixture, *, parameters: Mapping[str, Any]) -> str:
+def exposure(config: Config, data: Mixture, *, sequences: int, parameters: Mapping[str, Any]) -> str:
     """`600 steps = 5.4 passes over data/icons; 2.1M tokens, 12 per parameter (31 per active one)`.
 
     Args:
         config: of the stage.
         data: its training stream.
+        sequences: that all steps of the stage read.
         parameters: `total` and `active`, as in `mmscale.plan.plan`.
     """
-    steps, sequences = config.train.steps, config.train.steps * config.train.global_batch_size
+    steps = config.train.steps
     read = [
         (source.folder, passes, _tokens(source))
         for source, passes in zip(data.sources, data.passes(sequences), strict=True)

@@ -208,8 +208,10 @@ def test_layers_multiply_and_shares_and_plans_count_them(folder: Path) -> None:
     counted = Counter(d for one in sequences(mixture, 40) for d in one)
     assert not any(d % 2 for d in counted)
     (passes,) = mixture.passes(made.train.steps * 4)
-    said = exposure(made, mixture, parameters={})
+    said = exposure(made, mixture, sequences=made.train.steps * 4, parameters={})
     assert f"; {count(passes * facts.tokens['text'])} tokens" in said
+    half = exposure(made, mixture, sequences=made.train.steps * 2, parameters={})  # after a change of the batch
+    assert f"; {count(passes / 2 * facts.tokens['text'])} tokens" in half
 
 
 def test_a_run_goes_on_where_it_was_when_weights_come_or_change(folder: Path) -> None:

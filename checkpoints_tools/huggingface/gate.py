@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 
+from checkpoints_tools.huggingface.model_config import never_generated
 from mmscale import bounded
 from mmscale.data.modalities.modality import Codec
 from mmscale.data.modalities.table import MODALITIES
@@ -153,7 +154,8 @@ def compute(run: Path, step: int, asked: Sequence[Ids], *, routing: str | None) 
 
         found = [logits([ids])[0, : len(ids)].clone() for ids in asked]
         begins = _beginnings(asked, length=length)
-        continued = _continued(logits, begins, new_tokens=min(NEW_TOKENS, length - 1), size=model.config.vocab.size)
+        never = never_generated(model.config)
+        continued = _continued(logits, begins, new_tokens=min(NEW_TOKENS, length - 1), never=never)
     return Computed(asked, found, continued)
 
 
@@ -165,15 +167,17 @@ def _beginnings(asked: Sequence[Ids], *, length: int) -> list[Ids]:
 
 
 def _continued(
-    logits: Callable[[Sequence[Ids]], torch.Tensor], begins: Sequence[Ids], *, new_tokens: int, size: int
+    logits: Callable[[Sequence[Ids]], torch.Tensor], begins: Sequence[Ids], *, new_tokens: int, never: Sequence[int]
 ) -> list[Continued]:
-    """The most likely tokens after each beginning, without a cache; ids from `size` on are not tokens."""
+    """The most likely tokens after each beginning, without a cache; `never`: ids that are not generated."""
     rows = list(begins)
     gaps = [math.inf] * len(rows)
     for _ in range(new_tokens):
         computed = logits(rows)
         for number, row in enumerate(rows):
-            best = computed[number, len(row) - 1, :size].topk(2)
+            scores = computed[number, len(row) - 1].clone()
+            scores[list(never)] = -math.inf
+            best = scores.topk(2)
             gaps[number] = min(gaps[number], float(best.values[0] - best.values[1]))
             rows[number] = np.append(row, int(best.indices[0]))
     return [

@@ -37,10 +37,12 @@ from checkpoints_tools.huggingface.export_settings import (
 )
 from checkpoints_tools.huggingface.fast_tokenizer import fast_tokenizer
 from checkpoints_tools.huggingface.files import ModelFiles, refuse_two_output_layers
+from checkpoints_tools.huggingface.item_rules import item_rules, refuse_unlearned_mask
 from checkpoints_tools.huggingface.model_config import model_config
 from checkpoints_tools.huggingface.prompts import Prompt, document_of, parts_of, refuse_unknown_characters
 from checkpoints_tools.huggingface.run_weights import RunWeights
 from checkpoints_tools.huggingface.shipped.configuration_moma import MomaConfig
+from checkpoints_tools.huggingface.shipped.decoding_moma import special_grammar
 from checkpoints_tools.huggingface.shipped.image_codes_moma import read_codes
 from checkpoints_tools.huggingface.shipped.items_moma import ItemPiece
 from checkpoints_tools.huggingface.shipped.modeling_moma import MomaForCausalLM
@@ -86,12 +88,14 @@ class DecodedSample:
         pieces: texts, pictures and other items in order.
         ids: its tokens, without the one that ended it.
         ended: by `</s>` or the end of a message; otherwise the limit was reached.
+        likelihood: log-probability of the prompt after its drawing [nats], of the best of several; else None.
     """
 
     prompt: Prompt
     pieces: tuple[str | PIL.Image.Image | ItemPiece, ...]
     ids: tuple[int, ...]
     ended: bool
+    likelihood: float | None = None
 
 
 @dataclass(frozen=True)
@@ -118,9 +122,11 @@ class Generator:
         """Continue every prompt `count` times.
 
         Raises:
-            UsageError: placeholders and images do not match, or the model does not support images.
+            UsageError: placeholders and images do not match, the model does not support images, or `unconditional` is
+                "mask" and it was not trained with causal masking.
             DataError: an image cannot be read, a text cannot be encoded, or a prompt is too long.
         """
+        refuse_unlearned_mask(self.config, sampling.unconditional)
         rows = [self.encode(prompt) for prompt in prompts]
         vocab = self.config.vocab
         found = generate(
@@ -132,6 +138,7 @@ class Generator:
             never=range(vocab.size, vocab.padded_size),
             ends=Vocabulary.from_config(vocab).ends,
             use_cache=self.use_cache,
+            grammars=[special_grammar(self.processor)],
         )
         asked = [prompt for prompt in prompts for _ in range(count)]
         return [
@@ -187,14 +194,7 @@ class Generator:
 
     def rules(self) -> list[ItemRules]:
         """Rules of each modality whose items the model can generate, images first."""
-        own, codes = self.processor, self.processor.codes
-        found = [
-            ItemRules(name, one.first, one.end, one.codec.tokens_per_item, one.opens, one.closes, one.grammar())
-            for name, one in own.codecs.items()
-        ]
-        if codes is not None:
-            found.insert(0, ItemRules("image", *own.image_range, codes.tokens, own.boi, own.eoi, own.image_grammar()))
-        return found
+        return item_rules(self.processor)
 
     def _pieces(self, ids: Sequence[int]) -> tuple[str | PIL.Image.Image | ItemPiece, ...]:
         try:

@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 from checkpoints_tools.huggingface.evaluate_export import trained_tokenizers
 from checkpoints_tools.huggingface.generator import Generator
+from checkpoints_tools.huggingface.item_rules import refuse_unlearned_mask
+from checkpoints_tools.huggingface.shipped.decoding_moma import before_items
 from mmscale.data.prepared.manifest import HELD_OUT, check_tokenizers, has_documents, read_blend
 from mmscale.data.stream.source import Source
 from mmscale.data.vocab import Vocabulary
@@ -19,18 +21,22 @@ from mmscale.inference.guidance import GuidanceSweep, items_behind_prompts, swee
 _NUMBER = "give a number, for instance --guidance 2, and look at the drawings"
 
 
-def held_out_guidance(path: Path, generator: Generator, *, modality: str, most: int = 128) -> GuidanceSweep:
+def held_out_guidance(
+    path: Path, generator: Generator, *, modality: str, unconditional: str = "none", most: int = 128
+) -> GuidanceSweep:
     """Losses of held-out items under each guidance.
 
     Args:
         path: the run or the exported folder.
         generator: its model.
         modality: of the items.
+        unconditional: what stands for the prompt in the other branch, as in `Sampling`.
         most: number of documents that are read: the first ones with an item after a prompt.
 
     Raises:
         UsageError: the model does not generate such items, the data is missing, or has no such held-out documents.
     """
+    refuse_unlearned_mask(generator.config, unconditional)
     rules = next((one for one in generator.rules() if one.name == modality), None)
     if rules is None:
         raise UsageError(f"--guidance auto: this model writes no {modality}s", remedy="leave --guidance away")
@@ -50,7 +56,7 @@ def held_out_guidance(path: Path, generator: Generator, *, modality: str, most: 
             documents += itertools.islice(suited, most - len(documents))
     except MmscaleError as error:
         raise UsageError(f"--guidance auto reads held-out documents: {error.cause}", remedy=_NUMBER) from error
-    found = sweep(generator.model, documents, rules)
+    found = sweep(generator.model, documents, rules, before=before_items(generator.processor, unconditional))
     if found is None:
         raise UsageError(
             f"--guidance auto: {', '.join(map(str, blend))} holds out no document with an {modality} behind a prompt",

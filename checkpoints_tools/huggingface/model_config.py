@@ -30,10 +30,13 @@ CODE = (
 PROCESSOR = (
     "codecs_moma.py",
     "content_moma.py",
+    "decoding_moma.py",
     "grammar_moma.py",
+    "guidance_moma.py",
     "image_codes_moma.py",
     "infilling_moma.py",
     "items_moma.py",
+    "likelihood_moma.py",
     "pixels_moma.py",
     "processing_moma.py",
     "versions_moma.py",
@@ -133,13 +136,19 @@ def token_choice(config: Config) -> dict[str, Any] | None:
 
 
 def generation_config(config: Config) -> dict[str, Any]:
-    """The content of generation_config.json: ids that belong to no modality are never generated."""
-    ends = list(Vocabulary.from_config(config.vocab).ends)
-    unused = list(range(config.vocab.size, config.vocab.padded_size))
+    """The content of generation_config.json, which names the ids that are never generated."""
+    vocabulary = Vocabulary.from_config(config.vocab)
+    ends, never = list(vocabulary.ends), never_generated(config)
     return {
         "_from_model_config": False,
         "pad_token_id": PAD,
         "bos_token_id": BOS,
         "eos_token_id": ends[0] if len(ends) == 1 else ends,
-        **({"suppress_tokens": unused} if unused else {}),
+        "suppress_tokens": never,
     }
+
+
+def never_generated(config: Config) -> list[int]:
+    """Ids that follow no token of a document: some special tokens, and ids of no modality."""
+    vocabulary = Vocabulary.from_config(config.vocab)
+    return [*vocabulary.never_generated, *range(config.vocab.size, config.vocab.padded_size)]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +16,18 @@ import typer
 from mmscale.cli import ranks
 from mmscale.cli.named_files import check_model, existing, split_step
 from mmscale.cli.output import Json, emit
+from mmscale.cli.sample_options import (
+    CD_ALPHA,
+    UNCONDITIONAL,
+    HoleOptions,
+    best_of_options,
+    counted,
+    holes_of,
+    item_of,
+    prompt_options,
+    refuse_with_batch_routing,
+    texts_of,
+)
 from mmscale.cli.sampled import Drawn, Made, recognised, show, written
 from mmscale.errors import UsageError
 from mmscale.runtime.waiting import waiting
@@ -128,6 +139,46 @@ def sample(
             "hurt if they follow it already. auto: compares values on held-out documents and takes the best.",
         ),
     ] = "1",
+    cd_k: Annotated[
+        int | None,
+        typer.Option(
+            "--cd-k",
+            metavar="K",
+            show_default="none",
+            help="Contrastive decoding (CD-K) of images, instead of --guidance: tokens with at least --cd-alpha times "
+            "the K-th largest probability are ranked by how much the prompt raises theirs.",
+        ),
+    ] = None,
+    cd_alpha: Annotated[
+        float | None, typer.Option("--cd-alpha", metavar="SHARE", show_default=f"{CD_ALPHA}", help="Of --cd-k.")
+    ] = None,
+    unconditional: Annotated[
+        str,
+        typer.Option(
+            "--unconditional",
+            metavar="|".join(UNCONDITIONAL),
+            help="What stands for the prompt in the other branch of --guidance and --cd-k. "
+            + "; ".join(f"{name}: {meaning}" for name, meaning in UNCONDITIONAL.items())
+            + ".",
+        ),
+    ] = "none",
+    best_of: Annotated[
+        int,
+        typer.Option(
+            "--best-of",
+            metavar="N",
+            help="Draw N samples for each one that is kept: the one after whose first image (with --begin, other item) "
+            "the model finds the prompt most likely.",
+        ),
+    ] = 1,
+    caption: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--caption",
+            metavar="TEXT",
+            help="With --best-of: rank by this text instead of the prompt, e.g. 'this is a seven'; one per prompt.",
+        ),
+    ] = None,
     recognise: Annotated[
         bool,
         typer.Option(
@@ -149,25 +200,20 @@ def sample(
         )
     if (path / "config.json").is_file():
         ranks.refuse(nproc, "an export")
-    guided = _guidance(guidance)
-    texts = _texts(prompt, infill)
+    strength = prompt_options(guidance, cd_k, cd_alpha, unconditional)
+    captions = best_of_options(best_of, caption, temperature=temperature)
+    texts = texts_of(prompt, infill)
     files = tuple(existing(file, what="picture") for file in image or ())
-    items = tuple(_item(one) for one in item or ())
-    others = {"--chat": chat, "--draw": draw, "--begin": begin, "--item": items, "--guidance": guided != 1}
-    holes = _holes(infill, mask, pictures=len(files), others=others)
+    items = tuple(item_of(one) for one in item or ())
+    stronger = {"--guidance": strength.guidance != 1, "--cd-k": strength.cd_k, "--best-of": best_of > 1}
+    others = {"--chat": chat, "--draw": draw, "--begin": begin, "--item": items} | stronger
+    holes = holes_of(infill, mask, pictures=len(files), others=others)
     if draw and begin:
         raise UsageError("--draw and --begin are both given", remedy="give one of them")
-    not_with_batch_routing = {
-        "--chat": chat,
-        "--infill": holes,
-        "--image": files,
-        "--item": items,
-        "--top-k": top_k,
-        "--guidance": guided != 1,
-        "--max-tokens": max_tokens,
-    }
+    needs_causal = {"--chat": chat, "--infill": holes, "--image": files, "--item": items, "--top-k": top_k}
+    needs_causal |= stronger | {"--max-tokens": max_tokens}
     if not ranks.is_shared(nproc):
-        routing = _checked(path, step, routing, not_with_batch_routing)
+        routing = _checked(path, step, routing, needs_causal)
     if ranks.starts_ranks(nproc):
         raise typer.Exit(ranks.start_for_a_while(nproc))
     shared = ranks.shared(nproc)
@@ -177,19 +223,29 @@ def sample(
         from mmscale.inference.generate import Sampling
 
         opened = None if routing == "batch" else _open(path, step, routing, shared, stack, tell)
-        compared = None
+        compared, guided = None, strength.guidance
         if guided is None and opened is not None:
             tell("comparing guidance on held-out documents")
-            compared = _compared(path, opened, begin or "image")
+            compared = _compared(path, opened, begin or "image", unconditional)
             guided = compared.best
-        chosen = Sampling(temperature, top_k, top_p, 1.0 if guided is None else guided, max_tokens, seed)
-        tell(f"{'filling' if holes else 'continuing'} {_counted(texts)} {count} times")
+        chosen = Sampling(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            guidance=1.0 if guided is None else guided,
+            cd_k=strength.cd_k,
+            cd_alpha=strength.cd_alpha,
+            unconditional=unconditional,
+            max_tokens=max_tokens,
+            seed=seed,
+        )
+        tell(f"{'filling' if holes else 'continuing'} {counted(texts)} {count * best_of} times")
         if opened is None:
-            _refuse_with_batch_routing(not_with_batch_routing)
+            refuse_with_batch_routing(needs_causal)
             facts, drawn = _with_batch_routing(path, step, texts, begin, count, chosen, shared)
         else:
             asked = [(text, files, draw, items, begin, chat) for text in texts]
-            facts, drawn = _continued(opened, path, asked, count, chosen, holes)
+            facts, drawn = _continued(opened, path, asked, count, chosen, holes, best_of, captions)
             if compared is not None:
                 losses = {f"{value:g}": loss for value, loss in compared.losses.items()}
                 facts["guidance"] = {"chosen": compared.best, "items": compared.items, "losses": losses}
@@ -219,7 +275,7 @@ def _checked(path: Path, step: int | None, routing: str | None, options: dict[st
                 raise
             routing = "batch"
     if routing == "batch":
-        _refuse_with_batch_routing(options)
+        refuse_with_batch_routing(options)
     return routing
 
 
@@ -252,16 +308,21 @@ def _continued(
     prompts: list[tuple[Any, ...]],
     count: int,
     sampling: Sampling,
-    holes: _Holes | None,
+    holes: HoleOptions | None,
+    best_of: int,
+    captions: tuple[str, ...],
 ) -> tuple[dict[str, Any], list[Drawn]]:
+    from checkpoints_tools.huggingface.best_of import best_samples
     from checkpoints_tools.huggingface.infill import infill
     from checkpoints_tools.huggingface.prompts import Prompt
 
     asked = [Prompt(*one) for one in prompts]
-    if holes is None:
-        found = opened.sample(asked, count=count, sampling=sampling)
-    else:
+    if holes is not None:
         found = infill(opened, asked, mask=holes.mask, count=count, sampling=sampling)
+    elif best_of > 1:
+        found = best_samples(opened, asked, count=count, best_of=best_of, captions=captions, sampling=sampling)
+    else:
+        found = opened.sample(asked, count=count, sampling=sampling)
     for line in opened.resized(asked[0]) if asked[0].images else ():
         typer.echo(f"note: {line}", err=True)
     drawn = [
@@ -270,6 +331,7 @@ def _continued(
             [_made(piece) for piece in one.pieces],
             len(one.ids),
             one.ended,
+            one.likelihood,
         )
         for one in found
     ]
@@ -289,78 +351,10 @@ def _made(piece: Any) -> Any:
     return Made(piece.modality, piece.values, piece.codec.codec)
 
 
-def _guidance(given: str) -> float | None:
-    """A non-negative number; None: auto."""
-    if given == "auto":
-        return None
-    try:
-        value = float(given)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise UsageError(f"--guidance {given!r} is no number from 0 on, nor auto", remedy="for example: --guidance 2")
-    return value
-
-
-def _compared(path: Path, opened: Any, modality: str) -> GuidanceSweep:
+def _compared(path: Path, opened: Any, modality: str, unconditional: str) -> GuidanceSweep:
     from checkpoints_tools.huggingface.held_out_guidance import held_out_guidance
 
-    return held_out_guidance(path, opened, modality=modality)
-
-
-def _texts(prompt: list[str] | None, infill: list[str] | None) -> list[str]:
-    """The prompts, or the documents with holes."""
-    if bool(prompt) == bool(infill):
-        given = "both given" if prompt else "neither given"
-        raise UsageError(f"--prompt and --infill are {given}", remedy="give one of them; both may be repeated")
-    return [*(prompt or ()), *(infill or ())]
-
-
-def _counted(texts: list[str]) -> str:
-    return f"{len(texts)} {'prompt' if len(texts) == 1 else 'prompts'}"
-
-
-@dataclass(frozen=True)
-class _Holes:
-    """Holes are filled; `mask` is one in the picture of each document: x, y, width and height in tokens."""
-
-    mask: tuple[int, int, int, int] | None
-
-
-def _holes(infill: list[str] | None, mask: str | None, *, pictures: int, others: dict[str, Any]) -> _Holes | None:
-    """None: prompts are continued. `others`: options that cannot be combined with holes, and their values."""
-    if not infill:
-        if mask is not None:
-            raise UsageError("--mask is given without --infill", remedy='for example: --infill "a cat" --mask 2,2,4,4')
-        return None
-    given = [name for name, value in others.items() if value]
-    if given:
-        raise UsageError(f"{', '.join(given)}: not with --infill", remedy="leave it away")
-    if mask is None:
-        return _Holes(None)
-    if pictures != 1:
-        raise UsageError(f"--mask is given with {pictures} pictures", remedy="give one: --image FILE")
-    parts = mask.split(",")
-    if len(parts) != 4 or not all(part.strip().isdecimal() for part in parts):
-        raise UsageError(f"--mask {mask!r} is not X,Y,WIDTH,HEIGHT", remedy="for example: --mask 2,2,4,4")
-    x, y, width, height = map(int, parts)
-    return _Holes((x, y, width, height))
-
-
-def _refuse_with_batch_routing(options: dict[str, Any]) -> None:
-    given = [name for name, value in options.items() if value]
-    if given:
-        raise UsageError(
-            f"{', '.join(given)}: not with batch routing, which draws items for texts only",
-            remedy="train auxiliary routers: `mmscale train CONFIG --stage auxiliary`, and use --routing causal",
-        )
-
-
-def _item(given: str) -> tuple[str, Path]:
-    name, equals, file = given.partition("=")
-    if not name or not equals or not file:
-        raise UsageError(f"--item {given!r} is not MODALITY=FILE", remedy="for example: --item audio=seven.wav")
-    return name, existing(Path(file))
+    return held_out_guidance(path, opened, modality=modality, unconditional=unconditional)
 
 
 def _with_batch_routing(

@@ -31,12 +31,13 @@ class Made:
 
 @dataclass
 class Drawn:
-    """The result for one prompt, in order: texts and items."""
+    """Texts and items for one prompt, in order; for the best of several, `likelihood` of the prompt [nats]."""
 
     prompt: str
     pieces: list[Any]
     tokens: int | None = None
     ended: bool | None = None
+    likelihood: float | None = None
 
 
 def written(drawn: list[Drawn], prompts: list[str], count: int, out: Path) -> dict[str, Any]:
@@ -64,7 +65,8 @@ def written(drawn: list[Drawn], prompts: list[str], count: int, out: Path) -> di
             rows[row][1].append(kind.picture(piece.values, piece.codec))
         text = "".join(piece.get("text", "") for piece in pieces)
         length = {} if one.tokens is None else {"tokens": one.tokens, "ended": one.ended}
-        samples.append({"prompt": one.prompt, "text": text, "pieces": pieces, **length})
+        ranked = {} if one.likelihood is None else {"prompt_log_likelihood": one.likelihood}
+        samples.append({"prompt": one.prompt, "text": text, "pieces": pieces, **length, **ranked})
     sheet = None
     if any(files.values()):
         sheet = str(out / "samples.png")

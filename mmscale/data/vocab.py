@@ -74,6 +74,11 @@ class Vocabulary:
         """Ids after which generation stops: the end of a document, and with reserved ids that of a message."""
         return (EOS, self.reserved_id(END_OF_TURN)) if self.reserved else (EOS,)
 
+    @property
+    def never_generated(self) -> tuple[int, ...]:
+        """Ids of special tokens that follow no token of a document: padding, `<s>`, and those of infilling."""
+        return PAD, BOS, *(self.reserved_id(token) for token in (*HOLES, END_OF_FILL) if self.reserved)
+
     def reserved_id(self, token: str) -> int:
         """Id of one of the tokens RESERVED.
 

@@ -1,8 +1,8 @@
 """Token-by-token generation of text and images with a causal transformers model, for runs and exports.
 
 It works on ids. transformers' `generate` provides the loop with its cache, and sampling. This module adds what
-mixed-modal sequences need: rows of different lengths with separate limits, images and other items that start only if
-there is room for all of them, and classifier-free guidance. Logits processors from the caller keep items whole.
+mixed-modal sequences need: rows of different lengths with separate limits, and images and other items that start only
+if there is room for all of them. Logits processors from the caller keep items whole and strengthen the prompt.
 checkpoints_tools/huggingface/generator.py provides tokenizers and models.
 
 Shapes: B rows, S tokens so far, V vocabulary.
@@ -10,7 +10,7 @@ Shapes: B rows, S tokens so far, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,10 @@ class Sampling:
         guidance: classifier-free guidance for images and other items: 1 samples from the prompt's distribution, larger
             values move away from the distribution without the prompt. Needs a second pass of the model for every token
             of an item.
+        cd_k, cd_alpha: contrastive decoding (CD-K) for items, instead of guidance: among the tokens with at least
+            cd_alpha times the cd_k-th largest probability, the difference of log-probabilities with and without the
+            prompt. 0: none. Needs a second pass too.
+        unconditional: what stands for the prompt in the second pass: "none", or "mask" for the hole `<mask:0>`.
         max_tokens: longest continuation [tokens]; None: limited by the context only.
         seed: of the sampling.
         batch: rows that are computed at once.
@@ -50,9 +54,25 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     guidance: float = 1.0
+    cd_k: int = 0
+    cd_alpha: float = 0.1
+    unconditional: str = "none"
     max_tokens: int | None = None
     seed: int = 0
     batch: int = 64
+
+
+@dataclass(frozen=True)
+class PromptStrength:
+    """Logits processors that strengthen the effect of the prompt on an item.
+
+    Attributes:
+        first: compare complete distributions, so they come before tokens are excluded.
+        last: compare those over the tokens that are left.
+    """
+
+    first: tuple[LogitsProcessor, ...] = ()
+    last: tuple[LogitsProcessor, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -66,6 +86,8 @@ class ItemRules:
         opens, closes: ids of the begin and the end token.
         grammar: keeps items complete: the begin token, that many tokens, the end token, and no such token anywhere
             else.
+        strength: makes the processors of a sampling, given the model and whether to use a cache. Rows of a batch may
+            begin items at any time.
     """
 
     name: str
@@ -75,6 +97,7 @@ class ItemRules:
     opens: int
     closes: int
     grammar: LogitsProcessor
+    strength: Callable[[Any, Sampling, bool], PromptStrength]
 
 
 @dataclass(frozen=True)
@@ -167,18 +190,15 @@ def _batch(
         mask[row, width - len(prompt) :] = 1
     ids, mask = ids.to(model.device), mask.to(model.device)
     ends = torch.tensor(limits, device=ids.device) + width
-    # Guidance compares two complete distributions, so it comes before tokens are excluded. Temperature, top-k and top-p
-    # come last (transformers adds them) and apply to the remaining tokens.
-    processors: list[LogitsProcessor] = []
-    if sampling.guidance != 1.0:
-        processors += [
-            ClassifierFreeGuidance(model, item, scale=sampling.guidance, use_cache=use_cache) for item in items
-        ]
+    # Temperature, top-k and top-p come last (transformers adds them) and apply to the remaining tokens.
+    strengths = [item.strength(model, sampling, use_cache) for item in items]
+    processors = [one for strength in strengths for one in strength.first]
     for item in items:
         processors += [item.grammar, RoomForItems(item, ends)]
     processors += grammars
     closed = () if any(item.opens == BOI for item in items) else (BOI, EOI)
     processors.append(SuppressTokensLogitsProcessor([PAD, BOS, *closed, *never], device=str(ids.device)))
+    processors += [one for strength in strengths for one in strength.last]
     greedy = sampling.temperature == 0.0
     chosen = {} if greedy else {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
     out = model.generate(
@@ -239,90 +259,3 @@ class RoomForItems(LogitsProcessor):
         scores = scores.clone()
         scores[:, self.opens] = scores[:, self.opens].masked_fill(late, float("-inf"))
         return scores
-
-
-class ClassifierFreeGuidance(LogitsProcessor):
-    """Moves scores of an item's tokens away from those of the same item without its prompt.
-
-    u + scale * (c - u) with the log-probabilities c of the row and u of `<s>`, the begin token and the item so far
-    (used by Chameleon 2405.09818 and others; Ho and Salimans 2207.12598). transformers' own class runs one
-    unconditional branch from the first token on. Here rows may begin items at any time. The branch has a cache in which
-    a row's older columns are masked when the row begins another item, and which is dropped when no row is inside an
-    item.
-
-    Args:
-        model: the same model.
-        item: range and length.
-        scale: 1: no change.
-        use_cache: without it every token of an item needs a pass over the item so far.
-    """
-
-    def __init__(self, model: Any, item: ItemRules, *, scale: float, use_cache: bool = True) -> None:
-        self.model, self.item, self.scale = model, item, scale
-        self._unconditional = self._with_cache if use_cache else self._without_cache
-        self._cache: Any = None
-        self._seen: Tensor | None = None  # [B, columns], which columns a row attends to
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
-        """Scores [B, V], changed in rows whose next token is an item's."""
-        done = self._item_tokens(input_ids)
-        drawing = (done >= 0) & (done < self.item.tokens)
-        if not bool(drawing.any()):
-            self._cache = self._seen = None
-            return scores
-        without = self._unconditional(input_ids, done, drawing).to(scores.dtype).log_softmax(dim=-1)
-        guided = without + self.scale * (scores.log_softmax(dim=-1) - without)
-        return torch.where(drawing.unsqueeze(1), guided, scores)
-
-    def _item_tokens(self, ids: Tensor) -> Tensor:
-        """[B]: tokens of the item that a row is in, 0 after the begin token; -1 outside of items."""
-        recent = ids[:, -(self.item.tokens + 1) :]
-        of_item = (recent >= self.item.first) & (recent < self.item.end)
-        trailing = of_item.flip(1).long().cumprod(dim=1).sum(dim=1)
-        before = (recent.shape[1] - 1 - trailing).clamp(min=0)
-        begun = recent.gather(1, before.unsqueeze(1)).squeeze(1) == self.item.opens
-        return torch.where(begun, trailing, -1)
-
-    def _without_cache(self, input_ids: Tensor, done: Tensor, drawing: Tensor) -> Tensor:
-        """Logits [B, V] after `<s>`, the begin token and the item so far; in rows outside of items, after `<s>`."""
-        own = torch.where(drawing, done + 2, 1).unsqueeze(1)  # columns of the branch, `<s>` included
-        width = int(own.max())
-        from_end = torch.arange(width, 0, -1, device=input_ids.device).unsqueeze(0)
-        seen = from_end <= own
-        ids = torch.where(from_end == own, BOS, torch.where(seen, input_ids[:, -width:], PAD))
-        positions = (own - from_end).clamp(min=0)
-        out = self.model(
-            input_ids=ids, attention_mask=seen.long(), position_ids=positions, use_cache=False, logits_to_keep=1
-        )
-        logits: Tensor = out.logits[:, -1]
-        return logits
-
-    def _with_cache(self, input_ids: Tensor, done: Tensor, drawing: Tensor) -> Tensor:
-        """The same with this branch's own cache; the values of rows outside of items have no meaning."""
-        last = input_ids[:, -1]
-        begins = drawing & (done == 0)
-        goes_on = drawing & (done > 0)
-        # A row that begins an item adds two columns, `<s>` first; the others fill the additional column with padding.
-        two = bool(begins.any())
-        bos = torch.where(begins, BOS, PAD)
-        newest = torch.where(drawing, last, PAD)
-        ids = torch.stack((bos, newest), dim=1) if two else newest.unsqueeze(1)
-        position = torch.where(drawing, done + 1, 0)
-        positions = torch.stack((torch.zeros_like(position), position), dim=1) if two else position.unsqueeze(1)
-        # Rows outside of items attend to their new columns, because a row of a mask must not be empty.
-        fresh = torch.ones_like(ids, dtype=torch.bool)
-        if two:
-            fresh[:, 0] = ~goes_on
-        older = ids.new_zeros((len(ids), 0), dtype=torch.bool) if self._seen is None else self._seen
-        self._seen = torch.cat((older & goes_on.unsqueeze(1), fresh), dim=1)
-        out = self.model(
-            input_ids=ids,
-            attention_mask=self._seen.long(),
-            position_ids=positions,
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        self._cache = out.past_key_values
-        logits: Tensor = out.logits[:, -1]
-        return logits

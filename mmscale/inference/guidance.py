@@ -1,7 +1,7 @@
 """Measures which classifier-free guidance fits held-out items best (`mmscale sample --guidance auto`).
 
 An item that follows a prompt in a document is scored under guided probabilities, as generation would use them
-(generate.ClassifierFreeGuidance): lower is better. A model that has learned its prompts well needs no guidance.
+(shipped/guidance_moma.py): lower is better. A model that has learned its prompts well needs no guidance.
 
 Shapes: R rows, S tokens, K tokens of an item, V ids of an item's range.
 """
@@ -50,13 +50,16 @@ def items_behind_prompts(ids: NDArray[np.int64], item: ItemRules) -> list[int]:
 
 
 @torch.no_grad()
-def sweep(model: Any, documents: Sequence[NDArray[np.int64]], item: ItemRules) -> GuidanceSweep | None:
+def sweep(
+    model: Any, documents: Sequence[NDArray[np.int64]], item: ItemRules, *, before: Sequence[int] = (BOS,)
+) -> GuidanceSweep | None:
     """Score the items of held-out documents under each guidance; None: no document has an item after a prompt.
 
     Args:
         model: a causal language model of transformers in evaluation mode.
         documents: ids [S] of each, `<s>` first.
         item: the kind of item.
+        before: ids before the begin token in the branch without the prompt.
     """
     with_prompt: list[NDArray[np.int64]] = []
     without: list[NDArray[np.int64]] = []
@@ -66,7 +69,7 @@ def sweep(model: Any, documents: Sequence[NDArray[np.int64]], item: ItemRules) -
             own = _codes(ids, place, item)
             assert own is not None
             with_prompt.append(ids[: place + item.tokens])  # the last code is only predicted
-            without.append(np.concatenate(([BOS, item.opens], own[:-1])))
+            without.append(np.concatenate(([*before, item.opens], own[:-1])))
             codes.append(own - item.first)
     if not codes:
         return None

@@ -51,16 +51,19 @@ class ModelOnRanks(PreTrainedModel, GenerationMixin):
         """The complete rows, because there is no cache."""
         return {"input_ids": input_ids, "attention_mask": attention_mask}
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> CausalLMOutput:
-        """Logits of the token after each row.
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, logits_to_keep: int = 1, **kwargs: Any
+    ) -> CausalLMOutput:
+        """Logits of the tokens after the last places of each row.
 
         Args:
             input_ids: [B, S], padded on the left.
             attention_mask: [B, S], 0 on padding.
+            logits_to_keep: number of last places K; those before a row have the logits of its first place.
             kwargs: further arguments of transformers; there is no cache.
 
         Returns:
-            `logits` [B, 1, padded vocabulary].
+            `logits` [B, K, padded vocabulary].
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         rows = [ids[kept.bool()].cpu().numpy() for ids, kept in zip(input_ids, mask, strict=True)]
@@ -68,5 +71,7 @@ class ModelOnRanks(PreTrainedModel, GenerationMixin):
         length = -(-max(map(len, rows)) // multiple) * multiple
         batch, places = pack_rows([[row] for row in rows], vocabulary=self._run.vocabulary, seq_length=length)
         logits = self._run.logits(batch, self._routing)
-        last = torch.tensor([row[-1].start + len(ids) - 1 for row, ids in zip(places, rows, strict=True)])
-        return CausalLMOutput(logits=logits[torch.arange(len(rows)), last].unsqueeze(1).to(input_ids.device))
+        starts = torch.tensor([row[-1].start for row in places]).unsqueeze(1)
+        back = torch.arange(logits_to_keep, 0, -1).unsqueeze(0)
+        kept = starts + (torch.tensor([[len(ids)] for ids in rows]) - back).clamp(min=0)
+        return CausalLMOutput(logits=logits[torch.arange(len(rows)).unsqueeze(1), kept].to(input_ids.device))

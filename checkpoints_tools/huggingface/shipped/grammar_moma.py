@@ -1,4 +1,6 @@
-"""Logits processors that keep generated images and other items complete. Shipped next to the weights.
+"""Logits processors that keep generated images and other items complete, and exclude special tokens.
+
+Shipped next to the weights.
 
 B rows.
 """
@@ -43,6 +45,30 @@ class ImageGrammar(LogitsProcessor):
         return masked
 
 
+class SpecialGrammar(LogitsProcessor):
+    """Excludes special tokens that cannot follow.
+
+    Args:
+        never: ids that no generated token has: padding, `<s>`, holes and the end of their fillings, and begin and end
+            tokens of items that are not generated.
+        roles: ids that begin a message. One follows only the tokens `after`.
+        after: `<s>` and the end of a message.
+    """
+
+    def __init__(self, never: Sequence[int], *, roles: Sequence[int] = (), after: Sequence[int] = ()) -> None:
+        self.never, self.roles, self.after = list(never), list(roles), list(after)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Scores [B, vocabulary] with -inf for tokens that are not allowed next."""
+        scores = scores.clone()
+        scores[:, self.never] = float("-inf")
+        if self.roles:
+            begins = torch.isin(input_ids[:, -1], torch.tensor(self.after, device=input_ids.device))
+            inside = (~begins).unsqueeze(1)
+            scores[:, self.roles] = scores[:, self.roles].masked_fill(inside, float("-inf"))
+        return scores
+
+
 class Grammar(LogitsProcessor):
     """Several grammars, applied one after the other. Items of one modality are never inside those of another."""
 
@@ -56,4 +82,4 @@ class Grammar(LogitsProcessor):
         return scores
 
 
-__all__ = ["Grammar", "ImageGrammar"]
+__all__ = ["Grammar", "ImageGrammar", "SpecialGrammar"]

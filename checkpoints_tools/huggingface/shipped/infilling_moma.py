@@ -166,6 +166,7 @@ def fill(processor: Any, model: Any, content: Sequence[Any], **generation: Any) 
             attention_mask=torch.ones_like(ids),
             logits_processor=[holes.grammar(number)],
             eos_token_id=holes.end,
+            suppress_tokens=[],  # those of the model have the end of a filling; the grammar excludes all others
             **{**generation, **limit},
         )
         own = out[0, len(prompt) :].tolist()

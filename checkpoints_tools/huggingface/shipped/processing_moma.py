@@ -18,10 +18,12 @@ from transformers.processing_utils import ProcessorMixin
 
 from .codecs_moma import CODECS
 from .content_moma import MARK, PLACEHOLDER, ImagePart, ItemPart, images_in_order, marked_messages, part_of, shown
+from .decoding_moma import contrastive, guidance, special_grammar
 from .grammar_moma import Grammar, ImageGrammar
 from .image_codes_moma import FOLDER, Codes, read_codes, write_codes
 from .infilling_moma import HOLE, FillingGrammar, Holes, fill
 from .items_moma import ItemCodec, ItemPiece, codec_folder
+from .likelihood_moma import likelihoods
 from .pixels_moma import load_pixels
 from .versions_moma import warn_if_untested
 
@@ -345,10 +347,26 @@ class MomaProcessor(ProcessorMixin):
         codes = self._codes_needed()
         return ImageGrammar(*self.image_range, tokens=codes.tokens, boi=self.boi, eoi=self.eoi, codes=codes.count)
 
-    def grammar(self) -> Grammar:
-        """Keeps generated items of all modalities complete."""
+    def item_grammars(self) -> list[ImageGrammar]:
+        """The grammar of each modality whose items the model generates."""
         images = [] if self.codes is None else [self.image_grammar()]
-        return Grammar([*images, *(item.grammar() for item in self.codecs.values())])
+        return [*images, *(item.grammar() for item in self.codecs.values())]
+
+    def grammar(self) -> Grammar:
+        """Keeps generated items of all modalities complete, and excludes special tokens that cannot follow."""
+        return Grammar([*self.item_grammars(), special_grammar(self)])
+
+    def guidance(self, model: Any, scale: float, *, unconditional: str = "none") -> Grammar:
+        """Guidance of items, for `logits_processor=[processor.guidance(model, 2.0), processor.grammar()]`."""
+        return guidance(self, model, scale=scale, unconditional=unconditional)
+
+    def contrastive(self, model: Any, *, k: int, alpha: float = 0.1, unconditional: str = "none") -> Grammar:
+        """Contrastive decoding (CD-K): `logits_processor=[processor.grammar(), processor.contrastive(model, k=8)]`."""
+        return contrastive(self, model, k=k, alpha=alpha, unconditional=unconditional)
+
+    def likelihoods(self, model: Any, prompts: Any, sequences: Any, *, text: str | None = None) -> list[float]:
+        """How likely the text of each prompt is after the item drawn for it (likelihood_moma.py)."""
+        return likelihoods(self, model, prompts, sequences, text=text)
 
     def infill(self, model: Any, content: Sequence[Any], **generation: Any) -> list[Any]:
         """A document with its holes filled, as `pieces`; for models trained with causal masking (CM3).

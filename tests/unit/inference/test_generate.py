@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import LogitsProcessorList, Qwen3Config, Qwen3ForCausalLM
 
+from checkpoints_tools.huggingface.item_rules import strength
 from checkpoints_tools.huggingface.model_config import model_config
 from checkpoints_tools.huggingface.shipped.grammar_moma import ImageGrammar
-from mmscale.data.vocab import BOI, BOS, EOI, EOS, PAD
+from mmscale.data.vocab import BOI, BOS, END_OF_FILL, END_OF_TURN, EOI, EOS, HOLES, PAD, ROLES
 from mmscale.errors import DataError
 from mmscale.inference.generate import Continuation, ItemRules, Sampling, generate
 from tests.unit.checkpoints_tools.huggingface.test_modeling_moma import exported
@@ -22,11 +25,15 @@ UNUSED = tiny("moma").vocab.padded_size - END
 IMAGE = [BOI, 20, 25, 21, 30, EOI]
 # Of four lengths, with and without an image, one that begins an image.
 PROMPTS = [[BOS, 7, 9], [BOS, *IMAGE, 9, 10, 11], [BOS], [BOS, 8, 12, 5, BOI]]
+HOLE = 14  # stands for `<mask:0>`
+_IDS = dict.fromkeys((*HOLES, END_OF_FILL, *ROLES, END_OF_TURN), HOLE)
+# What the rules need of a processor.
+PROCESSOR = SimpleNamespace(tokenizer=SimpleNamespace(bos_token_id=BOS, get_vocab=lambda: _IDS))
 
 
 def rules() -> ItemRules:
     grammar = ImageGrammar(FIRST, END, tokens=TOKENS, boi=BOI, eoi=EOI)
-    return ItemRules("image", FIRST, END, TOKENS, BOI, EOI, grammar)
+    return ItemRules("image", FIRST, END, TOKENS, BOI, EOI, grammar, partial(strength, PROCESSOR, grammar))
 
 
 def dense() -> Any:
@@ -68,15 +75,32 @@ def allowed_of(ids: list[int], left: int, *, image: tuple[int, int], tokens: int
 
 
 @torch.no_grad()
-def slow(model: Any, prompt: list[int], *, limit: int, guidance: float = 1.0) -> Continuation:
-    """Greedy, without a cache, without padding."""
+def slow(
+    model: Any,
+    prompt: list[int],
+    *,
+    limit: int,
+    guidance: float = 1.0,
+    before: tuple[int, ...] = (BOS,),
+    contrast: tuple[int, float] | None = None,
+) -> Continuation:
+    """Greedy, without a cache, without padding. `contrast`: k and alpha of CD-K."""
     ids = list(prompt)
     while len(ids) < len(prompt) + limit:
         scores = model(torch.tensor([ids])).logits[0, -1]
         may = allowed(ids, len(prompt) + limit - len(ids))
-        if guidance != 1.0 and may == set(range(FIRST, END)):
+        drawing = may == set(range(FIRST, END))
+        if drawing and (guidance != 1.0 or contrast is not None):
             begun = len(ids) - 1 - ids[::-1].index(BOI)
-            without: Tensor = model(torch.tensor([[BOS, *ids[begun:]]])).logits[0, -1].log_softmax(dim=-1)
+            without: Tensor = model(torch.tensor([[*before, *ids[begun:]]])).logits[0, -1].log_softmax(dim=-1)
+        if drawing and contrast is not None:
+            p = scores[FIRST:END].softmax(dim=-1).tolist()
+            floor = contrast[1] * sorted(p)[-contrast[0]]
+            kept = {FIRST + place for place, value in enumerate(p) if value >= floor}
+            best = max(sorted(kept), key=lambda number: float(scores.log_softmax(dim=-1)[number] - without[number]))
+            ids.append(best)
+            continue
+        if drawing and guidance != 1.0:
             scores = without + guidance * (scores.log_softmax(dim=-1) - without)
         best = max(sorted(may), key=lambda number: float(scores[number]))
         if best == EOS:
@@ -115,6 +139,55 @@ def test_guidance_is_the_slow_loop(name: str) -> None:
     assert generated(own, PROMPTS, Sampling(temperature=0.0, guidance=1.0)) == plain
 
 
+@pytest.mark.parametrize("name", ["dense", "moma and depth"])
+def test_other_branches_are_the_slow_loop(name: str) -> None:
+    """Guidance from `<mask:0>`, and contrastive decoding from nothing and from `<mask:0>`, with and without a cache."""
+    own = model(name)
+    ways: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        ({"guidance": 4.0, "unconditional": "mask"}, {"guidance": 4.0, "before": (BOS, HOLE)}),
+        ({"cd_k": 3, "cd_alpha": 0.5}, {"contrast": (3, 0.5)}),
+        ({"cd_k": 2, "cd_alpha": 1.0, "unconditional": "mask"}, {"contrast": (2, 1.0), "before": (BOS, HOLE)}),
+    ]
+    found = [[slow(own, prompt, limit=CONTEXT - len(prompt)) for prompt in PROMPTS]]
+    for given, meant in ways:
+        want = [slow(own, prompt, limit=CONTEXT - len(prompt), **meant) for prompt in PROMPTS]
+        for use_cache in (True, False):
+            assert generated(own, PROMPTS, Sampling(temperature=0.0, **given), use_cache=use_cache) == want
+        assert want not in found
+        found.append(want)
+
+
+def test_a_stop_in_the_middle_of_an_image_leaves_nothing_behind() -> None:
+    """The same processors serve another batch, which is in the middle of an image, and beams that change places."""
+    own, sampling = model("moma and depth"), Sampling(temperature=0.0, guidance=4.0)
+    want = {}
+    for prompt in ([BOS, 9, BOI], [BOS, 9, BOI, 20, 21], [BOS, 7, BOI, 20]):
+        want[tuple(prompt)] = slow(own, prompt, limit=TOKENS + 1, guidance=4.0).ids
+    (guided,) = rules().strength(own, sampling, True).first
+    options: dict[str, Any] = {"do_sample": False, "pad_token_id": PAD, "eos_token_id": EOS}
+    for prompt, wanted in want.items():
+        for steps in (1, 3):
+            out = own.generate(
+                torch.tensor([prompt]),
+                max_new_tokens=steps,
+                logits_processor=LogitsProcessorList([guided, rules().grammar]),
+                **options,
+            )
+            assert out[0, len(prompt) :].tolist() == list(wanted)[:steps]
+    beams = []
+    for use_cache in (True, False):
+        (guided,) = rules().strength(own, sampling, use_cache).first
+        out = own.generate(
+            torch.tensor([[BOS, 9, BOI]]),
+            num_beams=3,
+            max_new_tokens=TOKENS,
+            logits_processor=LogitsProcessorList([guided, rules().grammar]),
+            **options,
+        )
+        beams.append(out.tolist())
+    assert beams[0] == beams[1]
+
+
 def test_guidance_of_one_step_changes_nothing_without_prompt() -> None:
     """Where the prompt is the unconditional one, both branches agree, whatever the scale."""
     own = model("moma and depth")
@@ -131,7 +204,7 @@ def test_every_row_ends_at_its_limit(limit: int) -> None:
     assert generated(own, PROMPTS[:3], Sampling(temperature=0.0, max_tokens=limit)) == want
 
 
-@pytest.mark.parametrize("chosen", [{"temperature": 1.5}, {"top_k": 3}, {"top_p": 0.5}, {"guidance": 3.0}])
+@pytest.mark.parametrize("chosen", [{"temperature": 1.5}, {"top_k": 3}, {"top_p": 0.5}, {"guidance": 3.0}, {"cd_k": 2}])
 def test_sampled_sequences_keep_the_rules(chosen: dict[str, Any]) -> None:
     own = model("moma and depth")
     prompts = [prompt for prompt in PROMPTS for _ in range(4)]

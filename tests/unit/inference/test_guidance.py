@@ -36,7 +36,7 @@ class HalfListening:
 
 
 def test_a_model_that_half_listens_is_guided_by_two() -> None:
-    item = ItemRules("image", FIRST, FIRST + 2, 1, BOI, EOI, rules().grammar)
+    item = ItemRules("image", FIRST, FIRST + 2, 1, BOI, EOI, rules().grammar, rules().strength)
     documents = []
     for prompt, likely in ((A, FIRST), (B, FIRST + 1)):
         for number in range(10):

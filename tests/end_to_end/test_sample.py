@@ -55,6 +55,7 @@ def test_run_and_export_give_the_same_pictures(name: str, exported: Path, seven:
     ]
     if name == "tiny":
         ways.append(("--prompt", "draw a two", "--count", "1", "--temperature", "0", "--guidance", "auto"))
+        ways.append(("--prompt", "draw a two", "--count", "2", "--cd-k", "4", "--cd-alpha", "0.5", "--best-of", "3"))
     for way in ways:
         one = sampled(exported / name, *way, "--draw", "--out", tmp_path / "run")
         other = sampled(exported / f"{name}-hf", *way, "--draw", "--out", tmp_path / "hf")
@@ -76,6 +77,7 @@ def test_run_and_export_give_the_same_pictures(name: str, exported: Path, seven:
     [
         ("tiny", ("--routing", "batch")),
         ("tiny", ("--top-k", "40", "--guidance", "3")),
+        ("tiny", ("--cd-k", "4", "--best-of", "2")),
         ("dense", ("--temperature", "0")),
     ],
 )
@@ -91,6 +93,8 @@ def test_tensor_parallel_ranks_give_the_same_pictures(
     assert [[sample.get(key) for key in kept] for sample in one["samples"]] == [
         [sample.get(key) for key in kept] for sample in two["samples"]
     ]
+    ranked, again = ([sample.get("prompt_log_likelihood", 0.0) for sample in found["samples"]] for found in (one, two))
+    assert ranked == pytest.approx(again, rel=1e-4) and (min(ranked) < 0) == ("--best-of" in more)
     assert two["step"] == 30 and two["routing"] == one["routing"] and len(one["images"]) == len(two["images"]) > 0
     for mine, theirs in zip(one["images"], two["images"], strict=True):
         assert Path(mine).read_bytes() == Path(theirs).read_bytes()
@@ -251,6 +255,13 @@ def test_recognition_counts_every_digit_that_was_asked_for(exported: Path, tmp_p
         (("tiny-hf", "--prompt", "a", "--routing", "batch"), 2, "batch routing needs a run", "--routing causal"),
         (("bare", "--prompt", "a", "--routing", "causal"), 4, "has no auxiliary routers", "--stage auxiliary"),
         (("bare", "--prompt", "a", "--guidance", "2"), 2, "--guidance: not with batch routing", "--stage auxiliary"),
+        (("bare", "--prompt", "a", "--best-of", "2"), 2, "--best-of: not with batch routing", "--stage auxiliary"),
+        (
+            ("tiny", "--prompt", "a", "--cd-k", "2", "--unconditional", "mask"),
+            2,
+            "no tokens for holes",
+            "vocab.reserved",
+        ),
         (("nothing", "--prompt", "a"), 4, "there is no folder", "run.dir/run.name"),
     ],
 )

@@ -144,7 +144,7 @@ def best_of_options(best_of: int, captions: list[str] | None, *, temperature: fl
     if best_of > 1 and temperature == 0.0:
         raise UsageError("--best-of: all samples are equal with --temperature 0", remedy="leave one of them away")
     if captions and best_of == 1:
-        raise UsageError("--caption is given without --best-of", remedy="for example: --best-of 4")
+        raise UsageError("--caption is given, and --best-of is not", remedy="for example: --best-of 4")
     if any(not caption.strip() for caption in captions or ()):
         raise UsageError("--caption is empty", remedy='for example: --caption "this is a seven"')
     return tuple(captions or ())

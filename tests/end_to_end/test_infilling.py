@@ -292,7 +292,7 @@ def test_decoding_that_is_refused(models: tuple[Path, Path, Path], masked: Path,
     refused(run, *asked, "--unconditional", "all", cause="'all' is unknown", remedy="none, mask")
     refused(run, *asked, "--best-of", "0", cause="--best-of 0 is not at least 1", remedy="--best-of 4")
     refused(run, *asked, "--best-of", "2", "--temperature", "0", cause="all samples are equal", remedy="one of them")
-    refused(run, *asked, "--caption", "a two", cause="--caption is given without --best-of", remedy="--best-of 4")
+    refused(run, *asked, "--caption", "a two", cause="--caption is given, and --best-of is not", remedy="--best-of 4")
     refused(run, *asked, "--best-of", "2", "--caption", " ", cause="--caption is empty", remedy="this is a")
     captions = ("--caption", "a", "--caption", "b")
     refused(run, *asked, "--best-of", "2", *captions, cause="2 times for 1 prompts", remedy="one for each")

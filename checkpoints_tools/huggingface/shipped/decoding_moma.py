@@ -18,7 +18,7 @@ UNCONDITIONAL = ("none", "mask")
 def special_grammar(processor: Any) -> SpecialGrammar:
     """Excludes special tokens that cannot follow in the sequences of a processor's model."""
     tokenizer, known = processor.tokenizer, processor.tokenizer.get_vocab()
-    never = [tokenizer.pad_token_id, tokenizer.bos_token_id]
+    never = [known["<pad>"], tokenizer.bos_token_id]  # by name: a user's padding may be `</s>`
     if processor.codes is None:
         never += [processor.boi, processor.eoi]
     for name in processor.marked:

@@ -140,6 +140,8 @@ def test_which_special_tokens_may_follow(processors: dict[bool, Any], tmp_path_f
     assert left_out(processors[True], "<s>") == left_out(processors[True], "<eot>") == {"<pad>", "<s>"} | holes
     text = made(tmp_path_factory.mktemp("text"), reserved=False, image=False)
     assert left_out(text, "a") == {"<pad>", "<s>", "<boi>", "<eoi>"}
+    text.tokenizer.pad_token = "</s>"
+    assert left_out(text, "a") == {"<pad>", "<s>", "<boi>", "<eoi>"}
     (scores,) = processors[True].grammar()(torch.tensor([[BOS, 40]]), torch.zeros(1, TEXT + 16))
     specials = Vocabulary(("text", "image"), ((0, TEXT), (TEXT, TEXT + 16)), reserved=True).specials
     names = processors[True].tokenizer.convert_ids_to_tokens((scores == 0).nonzero().flatten().tolist())

@@ -6,8 +6,10 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
+
 from mmscale.runs.metrics import read_metrics
-from tests.end_to_end.running import mmscale
+from tests.end_to_end.running import assert_says, mmscale, ok
 
 STEADY = ("optim.schedule=constant", "optim.warmup=0", "checkpoint.every=3", "train.eval_every=0", "log.every=1")
 
@@ -45,3 +47,22 @@ def test_a_run_with_neighbours(config: Path, digits: Path, tmp_path: Path) -> No
     assert json.loads(mmscale("eval", tmp_path / "whole", "--json").out)["loss"] == measured["0"]
     for wrong in ("9", "some"):
         assert mmscale("eval", tmp_path / "whole", "--neighbours", wrong).status == 2
+
+
+def test_an_export_is_evaluated_with_neighbours_as_its_run(exported: Path, digits: Path, tmp_path: Path) -> None:
+    """Also of a run that was not trained with any; the tiny model has experts and auxiliary routers."""
+    folder = tmp_path / "data"
+    shutil.copytree(digits, folder)
+    ok("data", "retrieve", folder)
+
+    def loss(model: str, neighbours: str) -> float:
+        way = ("--routing", "causal", "--data", folder, "--batches", "2", "--neighbours", neighbours, "--json")
+        found: float = json.loads(ok("eval", exported / model, *way))["loss"]
+        return found
+
+    for name, asked in (("dense", ("0", "1", "random")), ("tiny", ("2",))):
+        of_run = [loss(name, one) for one in asked]
+        assert [loss(f"{name}-hf", one) for one in asked] == pytest.approx(of_run, rel=1e-5)
+        assert len(set(of_run)) == len(asked)
+    ended = mmscale("eval", exported / "dense-hf", "--data", folder, "--neighbours", "9")
+    assert_says(ended, status=2, cause="--neighbours 9 is out of range", remedy="from 0 to")

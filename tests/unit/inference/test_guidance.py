@@ -15,7 +15,7 @@ from mmscale.data.vocab import BOI, BOS, EOI, EOS
 from mmscale.inference import guidance
 from mmscale.inference.generate import ItemRules
 from mmscale.inference.guidance import GuidanceSweep, items_behind_prompts, sweep
-from tests.unit.inference.test_generate import END, FIRST, IMAGE, TOKENS, model, rules
+from tests.unit.inference.test_generate import END, FIRST, HOLE, IMAGE, TOKENS, model, rules
 
 A, B = 7, 8  # prompts
 
@@ -51,20 +51,20 @@ def test_a_model_that_half_listens_is_guided_by_two() -> None:
     assert GuidanceSweep(1, {1.0: 0.5, 2.0: 0.5}).best == 1.0  # of equal ones the least
 
 
-@pytest.mark.parametrize("name", ["dense", "moma and depth"])
-def test_as_in_a_loop_over_tokens(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("name", "before"), [("dense", (BOS,)), ("moma and depth", (BOS, HOLE))])
+def test_as_in_a_loop_over_tokens(name: str, before: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """Documents of several lengths, one with two images, of which the first has no prompt."""
     monkeypatch.setattr(guidance, "GUIDANCES", (1.0, 2.5))
     own = model(name)
     assert guidance._keeps(own)
     documents = [[BOS, *IMAGE, 9, *IMAGE, EOS], [BOS, 7, 9, 11, *IMAGE, EOS], [BOS, 7, 9, EOS]]
-    found = sweep(own, [np.array(ids) for ids in documents], rules())
+    found = sweep(own, [np.array(ids) for ids in documents], rules(), before=before)
     want = {1.0: [], 2.5: []}
     for ids, begun in ((documents[0], 8), (documents[1], 4)):
         for number in range(TOKENS):
             place = begun + 1 + number
             given = own(torch.tensor([ids[:place]])).logits[0, -1].log_softmax(dim=-1)
-            alone = own(torch.tensor([[BOS, *ids[begun:place]]])).logits[0, -1].log_softmax(dim=-1)
+            alone = own(torch.tensor([[*before, *ids[begun:place]]])).logits[0, -1].log_softmax(dim=-1)
             for scale, losses in want.items():
                 guided = (alone + scale * (given - alone))[FIRST:END].log_softmax(dim=-1)
                 losses.append(-float(guided[ids[place] - FIRST]))

@@ -17,6 +17,7 @@ from checkpoints_tools.huggingface.shipped.grammar_moma import ImageGrammar
 from mmscale.data.vocab import BOI, BOS, END_OF_FILL, END_OF_TURN, EOI, EOS, HOLES, PAD, ROLES
 from mmscale.errors import DataError
 from mmscale.inference.generate import Continuation, ItemRules, Sampling, generate
+from tests.unit.checkpoints_tools.huggingface.test_modeling_moma import MODELS as EXPORTED
 from tests.unit.checkpoints_tools.huggingface.test_modeling_moma import exported
 from tests.unit.model.reference import IMAGE_IDS, TEXT_IDS, depth, tiny
 
@@ -155,6 +156,17 @@ def test_other_branches_are_the_slow_loop(name: str) -> None:
             assert generated(own, PROMPTS, Sampling(temperature=0.0, **given), use_cache=use_cache) == want
         assert want not in found
         found.append(want)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("routing", ["causal", "top1", "threshold"])
+@pytest.mark.parametrize("name", ["moe", "softmax", "competitive", "ungated", "untied depth, post norm", "untied moma"])
+def test_other_branches_of_every_kind_of_model(name: str, routing: str) -> None:
+    """Every routing mode: with a cache, in a batch, as in the slow loop."""
+    own = exported(EXPORTED[name], routing=routing, seed=1)
+    given = Sampling(temperature=0.0, cd_k=3, cd_alpha=0.5, unconditional="mask")
+    want = [slow(own, one, limit=CONTEXT - len(one), contrast=(3, 0.5), before=(BOS, HOLE)) for one in PROMPTS]
+    assert generated(own, PROMPTS, given) == generated(own, PROMPTS, given, use_cache=False) == want
 
 
 def test_a_stop_in_the_middle_of_an_image_leaves_nothing_behind() -> None:

@@ -5,9 +5,6 @@ the other ones. Embedding and output layer have rows of each model by id. A sequ
 exactly the text model's hidden states and logits of text ids, and a sequence of image tokens alone those of the image
 model. The FLOPs are those of one model. Or as the mean of all weights, JAM's uniform baseline.
 
-The norm before the output layer is shared, so its weight is the text model's, and the other model's rows of the output
-layer are multiplied by the quotient of the two norms' weights.
-
 The result is a checkpoint of step 0 with weights only.
 """
 
@@ -38,8 +35,6 @@ from mmscale.tables.settings import UNTIED
 
 Named = tuple[Path, int | None]  # a run's folder (or an archive, or an export) and a step
 _REMEDY = "fuse models of one configuration, which differ in their training data only"
-_EMBEDDING, _OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
-_NORM = "decoder.final_layernorm.weight"
 
 
 def fuse(text: Named, image: Named, out: Path, *, average: bool = False, steps: int | None = None) -> dict[str, Any]:
@@ -70,7 +65,7 @@ def fuse(text: Named, image: Named, out: Path, *, average: bool = False, steps: 
         old = config_of(one.info(), where=one.path)
         _check(old, one)
         new = _settings(old, config_of(other.info(), where=other.path), untie=not average, steps=steps)
-        weights = Mean([one, other], [0.5, 0.5]) if average else FusedWeights(one, other, old, new)
+        weights = Mean([one, other], [0.5, 0.5]) if average else FusedWeights(one, other, new)
         how = "average" if average else "Mixture-of-Transformers"
         origin = origin_of("fuse", [one, other], fused=how)
         for parent, (path, _) in zip(origin["parents"], (text, image), strict=True):
@@ -132,8 +127,7 @@ def _settings(old: Config, other: Config, *, untie: bool, steps: int | None) -> 
     if (old.data.path, old.data.blend) != (other.data.path, other.data.blend):
         settings["data"] |= {"path": None, "blend": []}
     if untie:
-        # Rows of a tied output layer would be those of the embedding, which the quotient of norms must not change.
-        settings["model"] |= {"untie": list(UNTIED), "tie_embeddings": False}
+        settings["model"]["untie"] = list(UNTIED)
     settings["train"]["steps"] = steps or old.train.steps
     new = Config.model_validate(settings)
     rules.check(new)
@@ -146,23 +140,14 @@ class FusedWeights:
     Args:
         text: of the first modality's model.
         image: of the others'.
-        old: their configuration.
-        new: that of the fused model.
-
-    Raises:
-        CheckpointError: the weight of the text model's last norm is zero somewhere.
+        new: configuration of the fused model.
     """
 
-    def __init__(self, text: TensorSource, image: TensorSource, old: Config, new: Config) -> None:
+    def __init__(self, text: TensorSource, image: TensorSource, new: Config) -> None:
         self.path = text.path
-        self._text, self._image, self._old = text, image, old
+        self._text, self._image = text, image
         self._first, (_, self._begin) = new.vocab.names[0], new.vocab.ranges[0]
         self._tensors = {tensor.name: tensor for tensor in model_tensors(new)}
-        if not text.read(_NORM).all():
-            raise CheckpointError(
-                f"{text.path}: {_NORM} has a zero, by which the output layer of {image.path} cannot be divided",
-                remedy="use another checkpoint, or --average",
-            )
 
     def names(self, *, weights: bool = False) -> list[str]:
         """Names of all weights, sorted; there is no optimizer."""
@@ -180,7 +165,8 @@ class FusedWeights:
         tensor, tied = self._tensors[name], self._tied(self._tensors[name])
         whole = (self._text if tensor.modality in (None, self._first) else self._image).read(tied)
         if tensor.part in (TensorPart.EMBEDDING, TensorPart.OUTPUT):
-            whole = self._rows(tied, quotient=tensor.part is TensorPart.OUTPUT)
+            # Rows of the text model up to its last id, then those of the image model.
+            whole = torch.cat((self._text.read(tied)[: self._begin], self._image.read(tied)[self._begin :]))
         return whole if region is None else whole[tuple(region)].clone()
 
     def objects(self) -> dict[str, bytes]:
@@ -193,17 +179,7 @@ class FusedWeights:
 
     def _tied(self, tensor: LayerTensor) -> str:
         """The name that a weight has in both models."""
-        if tensor.untied:
-            return f"{tensor.name.removesuffix(f'.{tensor.modality}')}.weight"
-        return _EMBEDDING if tensor.part is TensorPart.OUTPUT and self._old.model.tie_embeddings else tensor.name
-
-    def _rows(self, name: str, *, quotient: bool) -> Tensor:
-        """Rows of the text model up to its last id, then those of the image model."""
-        own, other = self._text.read(name), self._image.read(name)[self._begin :]
-        if quotient:
-            norms = self._image.read(_NORM).double() / self._text.read(_NORM).double()
-            other = (other.double() * norms).to(own.dtype)
-        return torch.cat((own[: self._begin], other))
+        return f"{tensor.name.removesuffix(f'.{tensor.modality}')}.weight" if tensor.untied else tensor.name
 
 
 class FusedBeginning(NewRun):

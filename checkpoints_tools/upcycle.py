@@ -25,7 +25,7 @@ from torch import Tensor
 
 from checkpoints_tools.moments import decoded
 from checkpoints_tools.sources import open_source, summary
-from checkpoints_tools.upcycle_recipes import WeightRecipe, recipes
+from checkpoints_tools.upcycle_recipes import WeightRecipe, final_norms, recipes
 from checkpoints_tools.upcycled_settings import upcycled_settings
 from mmscale.checkpoint import rewrite, run_folder
 from mmscale.checkpoint.integrity import CheckpointManifest
@@ -167,6 +167,9 @@ class Upcycled:
             for name, recipe in recipes(old, new, f"decoder.layers.{layer}.", experts=experts, split=split):
                 self._recipes[name] = recipe
                 replaced |= {recipe.source} if recipe.source is not None else set()
+        for name, recipe in final_norms(old, new):
+            self._recipes[name] = recipe
+            replaced |= {recipe.source} if recipe.source is not None else set()
         # The FP8 scales of the old model do not apply to the new one.
         there = {name for name in source.names() if not name.endswith(SCALING)}
         missing = sorted(replaced - there)

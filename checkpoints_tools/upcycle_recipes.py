@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mmscale.config import Config
 from mmscale.layers import LayerTensor, Routers, TensorPart, layer_tensors
+from mmscale.layers.whole import final_norm
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,13 @@ class WeightRecipe:
     fresh: str = ""
     is_expert: bool = False
     is_parameter: bool = True
+
+
+def final_norms(old: Config, new: Config) -> Iterator[tuple[str, WeightRecipe]]:
+    """Each modality's copy of a tied norm before the output layer, if the new model unties it."""
+    (tied, *others), made = final_norm(old), final_norm(new)
+    if not others and len(made) > 1:
+        yield from ((tensor.name, WeightRecipe(tensor.shape, tied.name, tied.name)) for tensor in made)
 
 
 def recipes(

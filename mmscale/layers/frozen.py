@@ -11,6 +11,7 @@ PARTS: dict[str, frozenset[TensorPart]] = {
     "attention": frozenset({TensorPart.ATTENTION}),
     "ffn": frozenset({TensorPart.FFN}),
     "norms": frozenset({TensorPart.NORM}),
+    "final_norm": frozenset({TensorPart.FINAL_NORM}),
     "experts": frozenset(
         {TensorPart.EXPERTS, TensorPart.ROUTER, TensorPart.EXPERT_NORM, TensorPart.BIAS, TensorPart.CUTOFF}
     ),

@@ -47,14 +47,7 @@ def model_tensors(config: Config, *, routers: Routers | None = None) -> list[Lay
             replace(tensor, name=prefix + tensor.name, hf=tuple(hf + name for name in tensor.hf))
             for tensor in kinds[model.is_depth_layer(number)]
         ]
-    found.append(
-        LayerTensor(
-            name="decoder.final_layernorm.weight",
-            shape=(hidden,),
-            part=TensorPart.FINAL_NORM,
-            hf=("model.norm.weight",),
-        )
-    )
+    found += final_norm(config)
     if not model.tie_embeddings:
         found.append(
             LayerTensor(
@@ -66,6 +59,17 @@ def model_tensors(config: Config, *, routers: Routers | None = None) -> list[Lay
             )
         )
     return found
+
+
+def final_norm(config: Config) -> list[LayerTensor]:
+    """The norm before the output layer, one for each modality if `model.untie` names it."""
+    norm = LayerTensor(
+        name="decoder.final_layernorm.weight",
+        shape=(config.model.hidden_size,),
+        part=TensorPart.FINAL_NORM,
+        hf=("model.norm.weight",),
+    )
+    return list(by_modality(config, "final_norm", norm))
 
 
 def _norms(config: Config) -> Iterator[LayerTensor]:

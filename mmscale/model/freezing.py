@@ -14,6 +14,7 @@ from torch import nn
 from mmscale.config import Config
 from mmscale.layers import TensorPart, layer_tensors
 from mmscale.layers.frozen import is_frozen
+from mmscale.layers.whole import final_norm
 
 _IN_LAYER = re.compile(r"decoder\.layers\.\d+\.(.+)")
 
@@ -29,6 +30,7 @@ def freeze(config: Config, chunks: Sequence[nn.Module]) -> list[str]:
         return []
     tensors = [tensor for tensor in layer_tensors(config, depth=False) if is_frozen(config, tensor)]
     names = {tensor.name for tensor in tensors}
+    last = {tensor.name for tensor in final_norm(config) if is_frozen(config, tensor)}
     # Modules of experts name their own weights: Transformer-Engine's has a list of them.
     modules = tuple(f"mlp.experts.{group}." for group in frozen_groups(config))
     modules += tuple(tensor.name.removesuffix("w1") for tensor in tensors if tensor.name.startswith("mlp.ungated."))
@@ -36,7 +38,7 @@ def freeze(config: Config, chunks: Sequence[nn.Module]) -> list[str]:
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
             found = _IN_LAYER.fullmatch(name)
-            if found is not None and (found[1] in names or found[1].startswith(modules)):
+            if name in last or (found is not None and (found[1] in names or found[1].startswith(modules))):
                 parameter.requires_grad_(False)
                 frozen.append(name)
     return frozen

@@ -245,4 +245,5 @@ def block_spec(
     count = get_num_layers_to_build(transformer, vp_stage, groups.pp.rank())
     classes = parts(config, transformer)
     specs = [layer_spec(config, transformer, offset + index, groups, classes=classes) for index in range(count)]
-    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=classes.norm)
+    norm = untied_parts(config, classes, "final_norm").norm
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=norm)

@@ -313,6 +313,22 @@ class UntiedMLP(MLP):
         return super().forward(hidden_states, per_token_scale)  # type: ignore[no-any-return]
 
 
+def tell_final_norm(decoder: nn.Module, tp_rank: int) -> None:
+    """Have a decoder pass each micro-batch's modalities to its untied final norm, if it has one.
+
+    Args:
+        decoder: megatron-core's TransformerBlock, which is called with `packed_seq_params`.
+        tp_rank: this rank's number among the tensor-parallel ranks.
+    """
+    norm = getattr(decoder, "final_layernorm", None)
+    if isinstance(norm, Untied):
+
+        def see(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            norm.see(kwargs["packed_seq_params"], tp_rank)
+
+        decoder.register_forward_pre_hook(see, with_kwargs=True)
+
+
 def untied_modules(layer: nn.Module) -> Iterator[Untied]:
     """All modules of a layer that need to know the tokens' modalities."""
     return (module for module in layer.modules() if isinstance(module, Untied))

@@ -138,12 +138,12 @@ def _input_shards(config: Config, part: str) -> int:
     return 1 if part in config.model.untie else config.parallel.tp
 
 
-def _untied_norm(config: Config, kernels: Kernels) -> int:
+def _untied_norm(config: Config, kernels: Kernels, *, part: str = "norms") -> int:
     """Bytes per element that an untied norm keeps in addition: normalised values and each token's weights.
 
     Both have the model's type. The other norms of a host keep normalised values too, in fp32.
     """
-    if "norms" not in config.model.untie:
+    if part not in config.model.untie:
         return 0
     return 2 * dtype_bytes(config) - (_FP32 if kernels.norm_copies else 0)
 
@@ -190,7 +190,7 @@ def recomputed_input(config: Config) -> float:
 def output_activations(config: Config, *, kernels: Kernels = Kernels.CUDA) -> float:
     """Bytes kept by the final norm and the output layer's input; logits are counted separately."""
     size = dtype_bytes(config)
-    norm = 2 * _FP32 if kernels.norm_copies else size
+    norm = (2 * _FP32 if kernels.norm_copies else size) + _untied_norm(config, kernels, part="final_norm")
     return rank_tokens(config) * config.model.hidden_size * (norm + size) / config.parallel.tp
 
 

@@ -259,5 +259,5 @@ def _states(ledger: _Ledger, config: Config, world: int, stage: int, parameters:
         ledger.add(MessageKind.MUON, Operation.ALL_TO_ALL, ranks, payload=payload, calls=2)
         ledger.add(MessageKind.TP, Operation.ALL_TO_ALL, parallel.tp, payload=payload, calls=2)
     replicated = sum(parameters.layers[layer].replicated for layer in stage_layers(config, stage))
-    replicated += parameters.final_norm if first_and_last(config, stage)[1] else 0
+    replicated += parameters.final_norms if first_and_last(config, stage)[1] else 0
     ledger.add(MessageKind.TP, Operation.ALL_REDUCE, parallel.tp, payload=replicated * _FP32)

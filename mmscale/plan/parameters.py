@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 
 from mmscale.config import Config
 from mmscale.config.derived import depth_tokens, ungated_groups
 from mmscale.layers import LayerTensor, TensorPart, layer_tensors
 from mmscale.layers.frozen import is_frozen
+from mmscale.layers.whole import final_norm
 from mmscale.plan.compute import nominal_shares, untied_share
 
 
@@ -75,7 +77,7 @@ class Parameters:
         embedding: input embedding, padded rows included.
         output: output layer; 0 if tied to the embedding.
         layers: every layer, in order.
-        final_norm: the norm before the output layer.
+        final_norm: the norm before the output layer, one after another if each modality has its own.
         active: parameters used for an average token, see `count_parameters`.
         frozen: parameters that `optim.freeze` names.
     """
@@ -83,14 +85,19 @@ class Parameters:
     embedding: int
     output: int
     layers: tuple[LayerParameters, ...]
-    final_norm: int
+    final_norm: tuple[LayerTensor, ...]
     active: int
     frozen: int = 0
 
     @property
     def total(self) -> int:
         """All parameters."""
-        return self.embedding + self.output + self.final_norm + sum(layer.total for layer in self.layers)
+        return self.embedding + self.output + self.final_norms + sum(layer.total for layer in self.layers)
+
+    @property
+    def final_norms(self) -> int:
+        """Parameters of the norm before the output layer."""
+        return sum(tensor.size for tensor in self.final_norm)
 
     def of(self, part: TensorPart) -> int:
         """Parameters of a part of all layers."""
@@ -114,7 +121,7 @@ class Parameters:
     @property
     def norms(self) -> int:
         """All norms."""
-        return self.final_norm + self.of(TensorPart.NORM) + self.of(TensorPart.EXPERT_NORM)
+        return self.final_norms + self.of(TensorPart.NORM) + self.of(TensorPart.EXPERT_NORM)
 
     @property
     def per_modality(self) -> dict[str, int]:
@@ -123,9 +130,9 @@ class Parameters:
         for layer in self.layers:
             for part in (TensorPart.EXPERTS, TensorPart.ROUTER, TensorPart.EXPERT_NORM):
                 sums.update(layer.by_group(part))
-            for tensor in layer.tensors:
-                if tensor.untied:
-                    sums[str(tensor.modality)] += tensor.size
+        for tensor in chain(self.final_norm, *(layer.tensors for layer in self.layers)):
+            if tensor.untied:
+                sums[str(tensor.modality)] += tensor.size
         return dict(sums)
 
     def as_dict(self) -> dict[str, int | dict[str, int]]:
@@ -179,12 +186,14 @@ def count_parameters(config: Config) -> Parameters:
         passed = layer.total - depth_router - layer.all_experts + routed * taken * one_expert
         skipped = sum((1.0 - untied_share(config, tensor)) * tensor.size for tensor in layer.tensors)
         active += depth_router + fraction * (passed - skipped)
-    frozen = sum(tensor.size for layer in layers for tensor in layer.tensors if is_frozen(config, tensor))
+    norms = tuple(final_norm(config))
+    every = chain(norms, *(layer.tensors for layer in layers))
+    frozen = sum(tensor.size for tensor in every if is_frozen(config, tensor))
     return Parameters(
         embedding=table,
         output=output,
         layers=layers,
-        final_norm=model.hidden_size,
+        final_norm=norms,
         active=round(active),
         frozen=frozen,
     )
@@ -198,4 +207,5 @@ def trained(config: Config, parameters: Parameters) -> Parameters:
         LayerParameters(tuple(tensor for tensor in layer.tensors if not is_frozen(config, tensor)))
         for layer in parameters.layers
     )
-    return replace(parameters, layers=layers)
+    norms = tuple(tensor for tensor in parameters.final_norm if not is_frozen(config, tensor))
+    return replace(parameters, layers=layers, final_norm=norms)

@@ -46,5 +46,5 @@ def stage_parameters(config: Config, parameters: Parameters, stage: int) -> tupl
     if last:
         # A tied output layer on another stage than the embedding is a copy of the embedding.
         copy = parameters.embedding if config.model.tie_embeddings and not first else parameters.output
-        dense += copy / tp + parameters.final_norm
+        dense += copy / tp + parameters.final_norms
     return dense, experts

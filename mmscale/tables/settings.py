@@ -66,12 +66,13 @@ NORMS: Table[NormPlacement] = Table(
 
 
 UNTIED: Table[Choice] = Table(
-    "Untied parts of a layer",
+    "Untied parts of a model",
     ("model.untie",),
     {
         "attention": Choice(meaning="the projections of attention, which still runs over all tokens"),
         "ffn": Choice(meaning="the feed-forward layer of a dense model"),
         "norms": Choice(meaning="the norms of a layer, also those of queries and keys"),
+        "final_norm": Choice(meaning="the norm before the output layer"),
     },
 )
 
@@ -82,7 +83,8 @@ FROZEN: Table[Choice] = Table(
     {
         "attention": Choice(meaning="its untied projections of attention"),
         "ffn": Choice(meaning="its untied feed-forward layers"),
-        "norms": Choice(meaning="its untied norms"),
+        "norms": Choice(meaning="its untied norms of layers"),
+        "final_norm": Choice(meaning="its untied norm before the output layer"),
         "experts": Choice(meaning="its experts, with their router"),
     },
 )

@@ -109,14 +109,14 @@ MODELS: dict[str, dict[str, Any]] = {
         "depth": {"every": 2, "capacity": 0.25, "multiple": 8},
         "auxiliary": {"mode": "joint"},
     },
-    "mot": {"kind": "dense", "untie": ["attention", "ffn", "norms"], "num_query_groups": 2},
+    "mot": {"kind": "dense", "untie": ["attention", "ffn", "norms", "final_norm"], "num_query_groups": 2},
     "mot_post_depth": {
         "kind": "dense",
         "untie": ["attention", "ffn", "norms"],
         "norm": "post",
         "depth": {"every": 2, "capacity": 0.5, "multiple": 8},
     },
-    "mot_frozen": {"kind": "dense", "untie": ["attention", "ffn", "norms"], "num_query_groups": 2},
+    "mot_frozen": {"kind": "dense", "untie": ["attention", "ffn", "norms", "final_norm"], "num_query_groups": 2},
     "moma_frozen": {
         "kind": "moma",
         "untie": ["attention", "norms"],

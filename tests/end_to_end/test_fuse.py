@@ -94,6 +94,10 @@ def test_it_trains_on_in_every_layout_and_is_exported(runs: Path, tmp_path: Path
     assert math.isfinite(evaluated["loss"])
     ok("convert", "to-hf", tmp_path / "one", tmp_path / "hf")
     assert json.loads((tmp_path / "hf" / "conversion_report.json").read_text())["gate"]["passed"]
+    ok("convert", "from-hf", tmp_path / "hf", tmp_path / "back")
+    trained, back = open_source(tmp_path / "one"), open_source(tmp_path / "back")
+    assert "decoder.final_layernorm.image" in back.names() and "decoder.final_layernorm.weight" not in back.names()
+    assert all(torch.equal(back.read(name), trained.read(name)) for name in back.names())
     ok("ckpt", "upcycle", tmp_path / "one", tmp_path / "up", "--experts", "text=2,image=1")
     ok("train", tmp_path / "up" / "config.yaml", "parallel.ep=2", "train.steps=2", nproc=2)
 

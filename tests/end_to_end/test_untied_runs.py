@@ -95,7 +95,7 @@ def test_another_untie_is_another_model(config: Path, runs: Path) -> None:
 
 @pytest.mark.parametrize(
     ("source", "options"),
-    [("dense", ("--untie", "attention,ffn,norms")), ("dense", ("--untie", "norms")), ("hybrid", ())],
+    [("dense", ("--untie", "attention,ffn,norms")), ("dense", ("--untie", "norms,final_norm")), ("hybrid", ())],
     ids=["all", "norms", "hybrid"],
 )
 def test_untying_changes_nothing_and_training_goes_on(

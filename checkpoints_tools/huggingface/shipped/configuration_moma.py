@@ -10,7 +10,7 @@ from transformers.configuration_utils import PreTrainedConfig
 NORMS = ("pre", "post", "post_per_expert")
 CHOICES = ("sigmoid", "competitive", "softmax")
 SCORES = ("sigmoid", "softmax")
-UNTIED = ("attention", "ffn", "norms")
+UNTIED = ("attention", "ffn", "norms", "final_norm")
 ROUTINGS = ("causal", "top1", "threshold")
 
 
@@ -24,7 +24,8 @@ class MomaConfig(PreTrainedConfig):
             expert's output normalised by itself (`post_per_expert`).
         qk_norm: RMSNorm of each head's query and key.
         qkv_bias: biases of the query, key and value projections.
-        untie: parts of a layer with weights of their own for each modality: of `attention`, `ffn` and `norms`.
+        untie: parts with weights of their own for each modality: of `attention`, `ffn`, `norms` (of layers), and
+            `final_norm`.
         modalities: `[name, first id, one past the last id]` of each, in id order; ids beyond them are of the first.
         no_modality_id: the id that belongs to none, and that no expert takes; `pad_token_id` may become another.
         expert_groups: `{"name", "modalities": [indices], "experts": number}` of each group; empty: a dense layer. A

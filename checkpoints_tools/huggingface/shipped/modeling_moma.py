@@ -105,9 +105,9 @@ class MomaAttention(nn.Module):
         return apply(self.o_proj, out.reshape(batch, length, -1), modality), weights
 
 
-def rms_norm(config: MomaConfig, width: int) -> nn.Module:
-    """RMSNorm over the last dimension, with a weight for each modality where norms are untied."""
-    return untied(config, "norms", lambda: nn.RMSNorm(width, eps=config.rms_norm_eps))
+def rms_norm(config: MomaConfig, width: int, part: str = "norms") -> nn.Module:
+    """RMSNorm over the last dimension, with a weight for each modality where `part` is untied."""
+    return untied(config, part, lambda: nn.RMSNorm(width, eps=config.rms_norm_eps))
 
 
 class MomaDecoderLayer(GradientCheckpointingLayer):
@@ -215,7 +215,7 @@ class MomaModel(MomaPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(MomaDecoderLayer(config, index) for index in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = rms_norm(config, config.hidden_size, part="final_norm")
         heads = copy.copy(config)
         heads.head_dim = config.head_width  # which may be narrower than that of an engine's cache
         self.rotary_emb = LlamaRotaryEmbedding(config=heads)
@@ -307,7 +307,8 @@ class MomaModel(MomaPreTrainedModel):
                 **{CACHE: cache},
                 **kwargs,
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), **{CACHE: cache if use_cache else None})
+        hidden = apply(self.norm, hidden, modality)  # type: ignore[arg-type]
+        return BaseModelOutputWithPast(last_hidden_state=hidden, **{CACHE: cache if use_cache else None})
 
 
 class MomaForCausalLM(MomaPreTrainedModel, GenerationMixin):

@@ -89,8 +89,8 @@ class ModelConfig(Section):
     )
     qkv_bias: bool = setting("Add biases to query, key and value projections. For models that continue a Qwen2.", False)
     untie: tuple[Annotated[str, OneOf(UNTIED)], ...] = setting(
-        f"Parts of a layer with weights of their own for each modality: every token uses those of its modality "
-        f"(Mixture-of-Transformers). {UNTIED.help} All of them in a dense model: [attention, ffn, norms].",
+        f"Parts with weights of their own for each modality: every token uses those of its modality "
+        f"(Mixture-of-Transformers). {UNTIED.help} [attention, ffn, norms] in a dense model is the paper's.",
         (),
         source="Mixture-of-Transformers, arXiv 2411.04996, section 2",
     )

@@ -91,7 +91,7 @@ def test_unknown_keys(key: str, remedy: str) -> None:
 @pytest.mark.parametrize(
     ("override", "wants"),
     [
-        ("model.untie=[nonsense]", 'model.untie.0 is "nonsense", wants one of attention, ffn, norms'),
+        ("model.untie=[nonsense]", 'model.untie.0 is "nonsense", wants one of attention, ffn, norms, final_norm'),
         ("parallel.recompute_modules=[mlp,x]", 'parallel.recompute_modules.1 is "x", wants one of core_attn, mlp'),
         ("parallel.pp_layers=[1,a]", 'parallel.pp_layers.1 is "a", wants a whole number of at least 1 [layers]'),
         ("parallel.pp_layers=[true]", "parallel.pp_layers.0 is true, wants a whole number of at least 1 [layers]"),

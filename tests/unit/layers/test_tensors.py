@@ -69,7 +69,9 @@ def combinations() -> Iterator[Any]:
         experts = {"counts": {"text": 4, "image": 1}, "ungated": ["image"], "token_choice": chosen}
         model = {"norm": norm, "experts": experts, "auxiliary": {"mode": "joint" if chosen is None else "off"}}
         yield pytest.param("moma", model, id=f"moma-{norm}-ungated{'' if chosen is None else '-token choice'}")
-    for kind, norm, untie in itertools.product(KINDS, NORMS, ("attention norms", "ffn", "attention ffn norms")):
+    for kind, norm, untie in itertools.product(
+        KINDS, NORMS, ("attention norms", "ffn", "attention ffn norms final_norm")
+    ):
         if KINDS[kind].experts and "ffn" in untie:
             continue
         depth = {"every": 2, "capacity": 0.5} if norm == "post" else None

@@ -324,7 +324,8 @@ class Reference:
         for number in range(self.model.num_layers):
             hidden = self.layer(number, hidden, facts)
         head = self.weights["embedding.word_embeddings.weight" if self.model.tie_embeddings else "output_layer.weight"]
-        return torch.stack([self._norm(x, "decoder.final_layernorm.weight") @ head.t() for x in hidden])
+        norm = "decoder.final_layernorm.weight"
+        return torch.stack([self._norm(x, norm, f.modality) @ head.t() for x, f in zip(hidden, facts, strict=True)])
 
     def layer(self, number: int, hidden: list[Tensor], facts: list[Facts]) -> list[Tensor]:
         """Layer `number` from 0, of either kind; one [n, H] tensor for every sequence."""

@@ -90,10 +90,10 @@ def _micro_batch(config: Config) -> tuple[torch.Tensor, MixedModalParams]:
 def _picked_weights(config: Config, tokens: int) -> int:
     """Products with zeros and ones by which untied norms pick each token's weights. The plan does not count them."""
     model = config.model
-    if "norms" not in model.untie:
-        return 0
     widths = 2 * model.hidden_size + (2 * model.head_dim if model.qk_norm else 0)
-    return 2 * len(config.vocab.names) * widths * model.num_layers * tokens
+    of_layers = widths * model.num_layers if "norms" in model.untie else 0
+    final = model.hidden_size if "final_norm" in model.untie else 0
+    return 2 * len(config.vocab.names) * (of_layers + final) * tokens
 
 
 @pytest.mark.parametrize("name", _MODELS)

@@ -136,7 +136,7 @@ def test_the_plan_counts_a_dense_model_per_token() -> None:
     mot = replace_share(mot, share)
     one, other = count_parameters(dense), count_parameters(mot)
     assert other.active == one.active
-    layers = one.total - one.embedding - one.output - one.final_norm
+    layers = one.total - one.embedding - one.output
     assert other.total == one.total + 2 * layers
     assert other.per_modality == dict.fromkeys(share, layers)
     assert flops_per_token(mot).as_dict() == pytest.approx(flops_per_token(dense).as_dict())

@@ -148,7 +148,7 @@ class TestMemory:
         c = config(f"parallel.{layout}")
         parameters = count_parameters(c)
         split = [stage_parameters(c, parameters, stage) for stage in range(c.parallel.pp)]
-        replicated = sum(layer.replicated for layer in parameters.layers) + parameters.final_norm
+        replicated = sum(layer.replicated for layer in parameters.layers) + parameters.final_norms
         experts = sum(experts for _, experts in split) * c.parallel.tp * c.parallel.ep
         rest = (sum(rest for rest, _ in split) - replicated) * c.parallel.tp + replicated
         assert experts == parameters.experts

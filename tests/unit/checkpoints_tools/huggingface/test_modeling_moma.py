@@ -37,7 +37,7 @@ MODELS: dict[str, Config] = {
     "depth, post norm": tiny("moma", norm="post", depth=depth()),
     "dense, post norm": tiny("dense", norm="post"),
     "dense depth": tiny("dense", num_layers=3, depth=depth(), num_query_groups=1),
-    "untied": tiny("dense", untie=["attention", "ffn", "norms"], num_query_groups=2),
+    "untied": tiny("dense", untie=["attention", "ffn", "norms", "final_norm"], num_query_groups=2),
     "untied depth, post norm": tiny(
         "dense", untie=["attention", "ffn", "norms"], num_layers=3, depth=depth(), norm="post"
     ),

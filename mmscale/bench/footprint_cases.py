@@ -31,8 +31,9 @@ def case(model: str, dtype: str, recompute: str, *, width: int = 128) -> Config:
     Args:
         model: one of `MODELS`.
         dtype: precision.dtype.
-        recompute: parallel.recompute; "mlp" for the feed-forward sub-layer alone; "loss" for a loss in chunks, with
-            such a large vocabulary that the output layer takes most of the memory.
+        recompute: parallel.recompute; "mlp" for the feed-forward sub-layer alone; "logits" for no recompute with
+            such a large vocabulary that the output layer takes most of the memory, "loss" for that with a loss in
+            chunks.
         width: model.hidden_size.
     """
     shape = {
@@ -43,8 +44,8 @@ def case(model: str, dtype: str, recompute: str, *, width: int = 128) -> Config:
         "num_query_groups": 2,
         "seq_length": 128,
     }
-    parallel = {"mlp": _FEED_FORWARD, "loss": {"loss_chunk": 64}}.get(recompute, {"recompute": recompute})
-    text = 16_384 if recompute == "loss" else 192
+    parallel = {"mlp": _FEED_FORWARD, "logits": {}, "loss": {"loss_chunk": 64}}.get(recompute, {"recompute": recompute})
+    text = 16_384 if recompute in ("logits", "loss") else 192
     return Config.model_validate(
         {
             "vocab": {"modalities": [{"name": "text", "size": text}, {"name": "image", "size": 64}]},

@@ -24,6 +24,7 @@ from mmscale.errors import ConfigError
 from mmscale.model.fp8_emulate import attach
 from mmscale.model.fp8_settings import fp8_settings
 from mmscale.model.init import initialize
+from mmscale.model.output import LogitsModel
 from mmscale.model.rope import lengthen, scale_angles
 from mmscale.model.spec import backend, block_spec
 from mmscale.model.untied import tell_final_norm
@@ -172,7 +173,7 @@ def build_chunks(
     for chunk in range(virtual):
         vp_stage = chunk if config.parallel.vpp is not None else None
         with _quiet_layers():
-            model = GPTModel(
+            model = LogitsModel(
                 config=transformer,
                 transformer_layer_spec=block_spec(config, transformer, groups, vp_stage=vp_stage),
                 vocab_size=config.vocab.padded_size,

@@ -1,4 +1,4 @@
-"""Runs a model without the product of its output layer, so that the loss can compute logits in chunks.
+"""What comes out of a model: logits without a copy, or the output layer's input, for a loss in chunks.
 
 Shapes: S tokens of a sequence, B sequences, H hidden width, V vocabulary rows of this tensor-parallel rank.
 """
@@ -9,9 +9,23 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.utils import unwrap_model
 from torch import Tensor
+
+
+class LogitsModel(GPTModel):
+    """A GPTModel that returns logits [B, S, V] if it gets labels, too.
+
+    Without labels megatron-core copies logits from [S, B, V] (gpt_model.py, `_postprocess`); with labels it calls the
+    method below, whose result is a view.
+    """
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """The logits, [S, B, V] -> [B, S, V]; the caller computes the loss."""
+        del labels
+        return logits.transpose(0, 1)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """Selects the class for each slot of megatron-core's TransformerLayer, layer by layer.
 
-Extends megatron-core by ModuleSpec only; nothing of GPTModel or TransformerBlock is overridden. The torch backend's
-classes are named here, Transformer-Engine's in spec_te.py; everything else is the same for both.
+Extends megatron-core by ModuleSpec; nothing of TransformerBlock is overridden, and one method of GPTModel (output.py).
+The torch backend's classes are named here, Transformer-Engine's in spec_te.py; everything else is the same for both.
 """
 
 from __future__ import annotations

@@ -188,16 +188,16 @@ def in_flight(config: Config, stage: int, micro_batches: int) -> float:
 
 
 def logits_bytes(config: Config) -> float:
-    """Bytes of output layer and loss: fp32 logits, logits minus their maximum, and the exponential of that.
+    """Bytes of output layer and loss: fp32 logits and their softmax.
 
-    Backward needs less: the softmax, its gradient, the weight's gradient.
+    Backward needs less, unless the layer is wide: the gradient of the logits in the model's format, and the weight's.
     """
     rows = config.vocab.padded_size / config.parallel.tp
     size = dtype_bytes(config)
     if config.parallel.loss_chunk:
         return _chunked_bytes(config, rows)
-    backward = rank_tokens(config) * rows * 2 * _FP32 + rows * config.model.hidden_size * size
-    return max(rank_tokens(config) * rows * 3 * _FP32, backward)
+    backward = (rank_tokens(config) + config.model.hidden_size) * rows * size
+    return max(rank_tokens(config) * rows * 2 * _FP32, backward)
 
 
 def _chunked_bytes(config: Config, rows: float) -> float:

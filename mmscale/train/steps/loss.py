@@ -42,7 +42,7 @@ class _CrossEntropy(torch.autograd.Function):
             torch.distributed.all_reduce(peak, op=torch.distributed.ReduceOp.MAX, group=group)
         local, inside = place_labels(labels, rows=rows, group=group)
         target = torch.where(inside, logits.gather(-1, local.unsqueeze(-1)).squeeze(-1) - peak, 0.0)
-        softmax = torch.exp(logits - peak.unsqueeze(-1))
+        softmax = (logits - peak.unsqueeze(-1)).exp_()
         total = softmax.sum(dim=-1)
         if sharded:
             both = torch.stack((target, total))

@@ -288,8 +288,13 @@ class Stepper:
 
 
 def _output(model: torch.nn.Module, batch: Batch) -> Tensor:
+    """Logits [B, S, V] (a view of [S, B, V]), or hidden states before the last pipeline stage."""
     output: Tensor = model(
-        input_ids=batch.tokens, position_ids=None, attention_mask=None, packed_seq_params=batch.params
+        input_ids=batch.tokens,
+        position_ids=None,
+        attention_mask=None,
+        labels=batch.labels,
+        packed_seq_params=batch.params,
     )
     return output
 

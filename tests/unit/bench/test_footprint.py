@@ -28,6 +28,8 @@ _CASES = [
     ("moma", "bf16", "mlp"),
     ("moma_shared_depth", "bf16", "none"),
     ("moma_shared_depth", "bf16", "full"),
+    ("dense", "fp32", "logits"),
+    ("moma", "bf16", "logits"),
     ("dense", "fp32", "loss"),
     ("moma", "bf16", "loss"),
     ("moma_depth", "bf16", "none", "actual"),

@@ -337,5 +337,40 @@ def test_scales_go_on_after_a_restart_and_under_another_layout(tmp_path: Path, n
     run_ranks(alone, world_size=1)
 
 
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("model", "parallel"), [("mot", TP2), ("mot_4t1i", EP2)])
+def test_scales_of_each_modality_go_on_after_a_restart(tmp_path: Path, model: str, parallel: dict[str, Any]) -> None:
+    """Four steps are two, a checkpoint and two more, bit for bit; one process reads the scales of two."""
+
+    def made(layout: dict[str, Any]) -> Config:
+        return with_recipe(settings(model, parallel=layout), "delayed")
+
+    def ranks_do(ranks: RankEnv) -> None:
+        start(ranks)
+        whole, halves = tmp_path / "whole", tmp_path / "halves"
+        uninterrupted = leg(made(parallel), whole, load=None, until=STEPS)
+        first = leg(made(parallel), halves, load=None, until=2)
+        assert first + leg(made(parallel), halves, load=2, until=STEPS) == uninterrupted
+        assert largest_difference(tensors(whole, STEPS), tensors(halves, STEPS)) == 0.0
+        groups.finalize()
+
+    def alone(ranks: RankEnv) -> None:
+        start(ranks)
+        written = tensors(tmp_path / "halves", STEPS)
+        parts = build(made({}), groups.initialize_layout(seed=made({}).run.seed))
+        state = TrainState(parts.chunks, parts.optimizer, routers=parts.routers)
+        _manager(tmp_path / "halves").load(state, STEPS)
+        found = scales_of(parts.chunks)
+        assert any(scales.name.endswith("linear_proj.image") for scales in found)
+        for scales in found:
+            assert torch.equal(scales.state, written[f"{scales.name}.fp8_state"]), scales.name
+            assert (scales.state[0, :, [0, 1, 3]] != 1.0).all(), scales.name
+        groups.destroy_layout()
+        groups.finalize()
+
+    run_ranks(ranks_do, world_size=2, timeout_s=600)
+    run_ranks(alone, world_size=1)
+
+
 def _manager(folder: Path) -> CheckpointManager:
     return CheckpointManager(folder, every=0, keep=9, attempt=1, info={}, on_event=lambda *_, **__: None)

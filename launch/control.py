@@ -172,6 +172,7 @@ def _changed(run: Path, planned: submit.Planned, *, yes: bool) -> list[str]:
         store.info(newest),
         where=str(store.path(newest)),
         settings=stage.settings,
+        optim=stage.optim,
         yes=yes,
     )
 

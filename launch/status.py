@@ -52,11 +52,18 @@ _OWN_WORDS = (
 
 
 def known(folder: Path) -> list[Path]:
-    """Run folders below a folder, each followed by those of its stages."""
+    """Run folders below a folder, each followed by those of its stages, which may have stages too."""
     found = []
     for run in sorted(entry for entry in folder.glob("*") if _is_run(entry)):
-        stages = [stage.folder(run) for stage in STAGES.values() if stage.subfolder]
-        found += [run, *(place for place in stages if _is_run(place) or (place / EVENTS).is_file())]
+        found += [run, *_stages_of(run)]
+    return found
+
+
+def _stages_of(run: Path) -> list[Path]:
+    found = []
+    for place in (stage.folder(run) for stage in STAGES.values() if stage.subfolder):
+        if _is_run(place) or (place / EVENTS).is_file():
+            found += [place, *_stages_of(place)]
     return found
 
 

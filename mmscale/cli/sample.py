@@ -241,7 +241,7 @@ def sample(
         )
         tell(f"{'filling' if holes else 'continuing'} {counted(texts)} {count * best_of} times")
         if opened is None:
-            refuse_with_batch_routing(needs_causal)
+            refuse_with_batch_routing(path, needs_causal)
             facts, drawn = _with_batch_routing(path, step, texts, begin, count, chosen, shared)
         else:
             asked = [(text, files, draw, items, begin, chat) for text in texts]
@@ -275,7 +275,7 @@ def _checked(path: Path, step: int | None, routing: str | None, options: dict[st
                 raise
             routing = "batch"
     if routing == "batch":
-        refuse_with_batch_routing(options)
+        refuse_with_batch_routing(path, options)
     return routing
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mmscale.cli.named_files import existing
-from mmscale.errors import UsageError
+from mmscale.errors import UsageError, shell_command
 
 UNCONDITIONAL = {"none": "nothing", "mask": "the hole <mask:0>, for models trained with objective.cm3_rate"}
 CD_ALPHA = 0.1  # as in contrastive decoding, arXiv 2210.15097
@@ -68,7 +68,7 @@ def holes_of(
     return HoleOptions((x, y, width, height))
 
 
-def refuse_with_batch_routing(options: dict[str, Any]) -> None:
+def refuse_with_batch_routing(path: Path, options: dict[str, Any]) -> None:
     """Refuse options that need a next token: names and values.
 
     Raises:
@@ -78,7 +78,8 @@ def refuse_with_batch_routing(options: dict[str, Any]) -> None:
     if given:
         raise UsageError(
             f"{', '.join(given)}: not with batch routing, which draws items for texts only",
-            remedy="train auxiliary routers: `mmscale train CONFIG --stage auxiliary`, and use --routing causal",
+            remedy="train auxiliary routers: "
+            f"{shell_command('train', path / 'config.yaml', '--stage', 'auxiliary')}, and use --routing causal",
         )
 
 

@@ -5,18 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from mmscale.checkpoint.layout import Store
-from mmscale.checkpoint.settings import config_of
+from mmscale.checkpoint.settings import CONFIG, config_of
 from mmscale.config import Config, ModelConfig
 from mmscale.config.derived import with_auxiliary_routers
-from mmscale.errors import UsageError
+from mmscale.errors import UsageError, shell_command
 from mmscale.tables.routings import Needs, Routing
 from mmscale.train.stages.origin import find_routers
 
 LACKING = {
     Needs.AUXILIARY: (
         "there are no auxiliary routers for step {step} of this run",
-        "train them: `mmscale train CONFIG --stage auxiliary`; or use --routing batch, and read its numbers with care: "
-        "expert choice sees the future",
+        "train them: {train}; or use --routing batch, and read its numbers with care: expert choice sees the future",
     ),
     Needs.THRESHOLDS: (
         "this run kept no averages of its routers' cut-offs",
@@ -25,13 +24,14 @@ LACKING = {
 }
 
 
-def require(model: ModelConfig, routing: Routing, *, step: int) -> None:
+def require(model: ModelConfig, routing: Routing, *, step: int, config: Path | str = "CONFIG") -> None:
     """Refuse a routing that a checkpoint does not support.
 
     Args:
         model: of the checkpoint, with auxiliary routers if there are any.
         routing: mode by which experts are assigned to tokens.
         step: of the checkpoint, for the message.
+        config: the run's configuration, for the message.
 
     Raises:
         UsageError: it has no auxiliary routers, or no thresholds.
@@ -40,7 +40,8 @@ def require(model: ModelConfig, routing: Routing, *, step: int) -> None:
     if not model.routes or needs.held_by(model):
         return
     cause, remedy = LACKING[needs]
-    raise UsageError(f"--routing {routing}: {cause.format(step=step)}", remedy=remedy)
+    train = shell_command("train", config, "--stage", "auxiliary")
+    raise UsageError(f"--routing {routing}: {cause.format(step=step)}", remedy=remedy.format(train=train))
 
 
 def saved_model(run: Path, step: int | None) -> tuple[int, ModelConfig]:
@@ -73,7 +74,7 @@ def check_routing(run: Path, step: int | None, routing: Routing) -> None:
         CheckpointError: as `saved_model`.
     """
     chosen, model = saved_model(run, step)
-    require(model, routing, step=chosen)
+    require(model, routing, step=chosen, config=run / CONFIG)
 
 
 def with_width(config: Config, width: int) -> Config:

@@ -48,6 +48,7 @@ def check_resume(
     *,
     yes: bool,
     settings: Callable[[Config], Config] = lambda config: config,
+    optim: str = "optim",
     from_scratch: bool = False,
 ) -> None:
     """Refuse to resume from the newest checkpoint of a stage if something does not fit.
@@ -58,6 +59,7 @@ def check_resume(
         blend: folders and manifests of the training data.
         yes: the user has confirmed a change of the objective or the data.
         settings: returns the stage's configuration.
+        optim: name of the settings of the stage's optimizer.
         from_scratch: ignore lost checkpoints.
 
     Raises:
@@ -84,7 +86,7 @@ def check_resume(
         check_frozen(config, info, where=where)
         check_ids(blend, info, where=where)
         data = identities(config, blend) if known(info) is not None else None
-        check_changes(config, info, where=where, yes=yes, data=data, settings=settings)
+        check_changes(config, info, where=where, yes=yes, data=data, settings=settings, optim=optim)
 
 
 def check_changes(
@@ -95,6 +97,7 @@ def check_changes(
     yes: bool,
     data: Sequence[SourceIdentity] | None = None,
     settings: Callable[[Config], Config] = lambda config: config,
+    optim: str = "optim",
 ) -> list[str]:
     """The settings that changed since a checkpoint, one line each, and changes of its data.
 
@@ -105,6 +108,7 @@ def check_changes(
         yes: the user has confirmed that the objective or the data change.
         data: the data that is going to be read; None: found through the configuration.
         settings: returns the configuration of the checkpoint's stage.
+        optim: name of the settings of the stage's optimizer, for the message.
 
     Raises:
         ConfigError: the objective or the data change, or the learning rate would jump, and the user has not confirmed
@@ -130,8 +134,8 @@ def check_changes(
     if rate is not None and rate.jumps and not yes:
         raise ConfigError(
             f"the learning rate would jump behind {where}: {rate}",
-            remedy=f"hold it (optim.schedule=constant optim.lr={rate.before:.3g}), warm up again (optim.restart="
-            f"{rate.step} and optim.warmup), or confirm with `mmscale train ... --yes`",
+            remedy=f"hold it ({optim}.schedule=constant {optim}.lr={rate.before:.3g}), warm up again ({optim}.restart="
+            f"{rate.step} and {optim}.warmup), or confirm with `mmscale train ... --yes`",
         )
     said = asked + describe(found, confirmed=False) + moved + ([] if rate is None else [str(rate)])
     return said + (replaced(info, read_validation(config, read_blend(config))) if info.get("validation") else [])
@@ -170,11 +174,13 @@ def _learning_rates(
         return None
     now = settings(config)
     try:
-        before, after = around(settings(Config.model_validate(saved)), now, step=step)
+        then = settings(Config.model_validate(saved))
     except ValidationError:  # the settings were written by another version
         return None
+    try:
+        before, after = around(then, now, step=step)
     except PluginError:
-        if now.optim.schedule == saved.get("optim", {}).get("schedule"):
+        if now.optim.schedule == then.optim.schedule:
             raise
         return None  # the checkpoint's schedule is a plug-in that is not installed any more, so its rate is unknown
     return None if math.isclose(before, after, rel_tol=_SAME) else _Rate(step, before, after)

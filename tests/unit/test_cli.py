@@ -29,8 +29,10 @@ from mmscale.errors import (
     TrainingError,
     UsageError,
 )
+from mmscale.resilience.lease import owner
 from mmscale.runtime.rank_env import RankEnv
 from mmscale.runtime.waiting import Waiting
+from mmscale.train.holding import Claim
 from mmscale.train.stages.table import STAGES, Stage
 from tests.support import spoken
 
@@ -354,9 +356,12 @@ def test_train_ends_with_the_status_of_the_run(
     places: list[RankEnv] = []
     graces: list[float | None] = []
 
-    def main(_config: object, env: RankEnv, *, stage: str, yes: bool, grace_s: float | None, starting: Waiting) -> int:
+    def main(
+        _config: object, env: RankEnv, *, stage: str, yes: bool, grace_s: float | None, starting: Waiting, claim: Claim
+    ) -> int:
         places.append(env)
         graces.append(grace_s)
+        assert (held := owner(Path("runs/tiny"))) is not None and held.id == claim.lease_id
         return status
 
     fake = SimpleNamespace(main=main)
@@ -368,7 +373,7 @@ def test_train_ends_with_the_status_of_the_run(
         json.dumps({"run": "runs/tiny", "exit_status": status, "last": None}) + "\n",
         "",
     )
-    assert places == [RankEnv()] and graces == [90.0]
+    assert places == [RankEnv()] and graces == [90.0] and owner(Path("runs/tiny")) is None
 
 
 def test_the_stage_option_names_the_stages_of_the_table(run: Run) -> None:

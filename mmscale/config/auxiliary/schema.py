@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from mmscale.config.optim.schema import OptimConfig
-from mmscale.config.section import Count, Index, Section, setting
+from mmscale.config.section import Count, Index, Rate, Section, setting
 
 
 class AuxiliaryRoutersConfig(Section):
@@ -18,6 +20,12 @@ class AuxiliaryRoutersConfig(Section):
         "off",
     )
     width: Count | None = setting("Inner width; default: half of hidden_size.", None, source="MoMa 2.4")
+
+
+class AuxiliaryOptimConfig(OptimConfig):
+    """The optimizer of the auxiliary routers; a setting that is not given has the value of this section."""
+
+    weight_decay: Annotated[Rate, Field(le=10.0)] = setting("Decoupled weight decay of matrices.", 0.0)
 
 
 class AuxiliaryStageConfig(Section):
@@ -41,8 +49,8 @@ class AuxiliaryStageConfig(Section):
         unit="batches",
     )
     checkpoint_every: Index = setting("Save every n steps of the stage; 0: only at the end.", 0, unit="steps")
-    optim: OptimConfig = setting(
+    optim: AuxiliaryOptimConfig = setting(
         "Optimizer of the auxiliary routers, in the stage and in joint runs.",
-        OptimConfig(weight_decay=0.0),
+        AuxiliaryOptimConfig(),
         source="MoMa Table 6: 1e-4 to 1e-6, linear",
     )

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from pydantic import Field
+
 from mmscale.config.data.schema import DataSource
 from mmscale.config.optim.schema import OptimConfig
-from mmscale.config.section import Count, Index, Section, setting
+from mmscale.config.section import Count, Index, Positive, Section, setting
+
+
+class SftOptimConfig(OptimConfig):
+    """The optimizer of the stage; a setting that is not given has the value of this section."""
+
+    lr: Annotated[Positive, Field(le=10.0)] = setting(
+        "Peak learning rate.", 1e-5, source="Chameleon, arXiv 2405.09818, section 4.2"
+    )
 
 
 class SftStageConfig(Section):
@@ -31,8 +43,8 @@ class SftStageConfig(Section):
         "Questions that are asked at every evaluation, as in train.tasks; questions may be conversations.", ()
     )
     checkpoint_every: Index = setting("Save every n steps of the stage; 0: only at the end.", 0, unit="steps")
-    optim: OptimConfig = setting(
+    optim: SftOptimConfig = setting(
         "Optimizer of the stage, which begins without moments.",
-        OptimConfig(lr=1e-5),
+        SftOptimConfig(),
         source="Chameleon, arXiv 2405.09818, section 4.2: 1e-5, weight decay 0.1",
     )

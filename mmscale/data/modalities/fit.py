@@ -70,13 +70,15 @@ def text_tokenizer(
     tokenizer.save(folder)
     used = f"{tokenizer.vocab_size} of {high - low} ids in use, one a byte"
     if settings.text.kind != "bytes":
-        used = _used(tokenizer.vocab_size, high - low)
+        used = _used(tokenizer.vocab_size, high - low, load=settings.text.load)
     reporter.say(f"text tokenizer: {used}")
     return tokenizer
 
 
-def _used(ids: int, size: int) -> str:
-    """How much of the text range a tokenizer uses, and what follows from that."""
+def _used(ids: int, size: int, *, load: str | None) -> str:
+    """How much of the text range a tokenizer uses, and what follows from that if it was trained on these texts."""
+    if load is not None:
+        return f"{ids} of {size} ids in use, from {load}"
     if ids < size:
         return f"{ids} of {size} ids in use; these texts repeat too little for more, the others stay unused"
     return f"all {size} ids in use; more ids in vocab.modalities would make documents shorter"

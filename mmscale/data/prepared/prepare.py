@@ -61,7 +61,7 @@ from mmscale.data.prepared.parts import (
     strict_error,
 )
 from mmscale.data.prepared.questions import read_questions
-from mmscale.data.prepared.reasons import rejected_words
+from mmscale.data.prepared.rejected_reasons import rejected_words
 from mmscale.data.prepared.remarks import remarks_on
 from mmscale.data.prepared.reuse import check_companions, companion_of
 from mmscale.data.prepared.shares import Share, SharedPlan, shares_of

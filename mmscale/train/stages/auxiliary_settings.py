@@ -8,7 +8,7 @@ from typing import Any
 
 from mmscale.checkpoint.layout import Store
 from mmscale.checkpoint.shape import check_shape
-from mmscale.config import Config
+from mmscale.config import Config, OptimConfig
 from mmscale.config.derived import with_auxiliary_routers
 from mmscale.data.prepared.identity import compare, identities, known
 from mmscale.data.prepared.manifest import Manifest
@@ -29,7 +29,11 @@ def stage_config(config: Config) -> Config:
     }
     checkpoint = config.checkpoint.model_copy(update={"every": stage.checkpoint_every, "early": 0, "keep_best": None})
     return with_auxiliary_routers(config).model_copy(
-        update={"train": train.model_copy(update=settings), "optim": stage.optim, "checkpoint": checkpoint}
+        update={
+            "train": train.model_copy(update=settings),
+            "optim": OptimConfig(**dict(stage.optim)),
+            "checkpoint": checkpoint,
+        }
     )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mmscale.checkpoint.layout import Store
 from mmscale.checkpoint.shape import check_shape
-from mmscale.config import Config
+from mmscale.config import Config, OptimConfig
 from mmscale.config.changes import function_changes
 from mmscale.data.prepared.manifest import Manifest
 from mmscale.errors import CheckpointError, ConfigError
@@ -35,7 +35,7 @@ def stage_config(config: Config) -> Config:
         update={
             "data": config.data.model_copy(update=data),
             "train": train.model_copy(update=settings),
-            "optim": stage.optim,
+            "optim": OptimConfig(**dict(stage.optim)),
             "checkpoint": checkpoint,
         }
     )

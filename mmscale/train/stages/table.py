@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mmscale.checkpoint.layout import Store
 from mmscale.config import Config, plugins
@@ -102,7 +103,8 @@ class Stage:
         self.check_origin(config, blend, yes)
         store = Store.of_run(self.folder(Path(config.run.dir) / config.run.name))
         own = self.recorded(config)
-        check_resume(own, store, blend, yes=yes, settings=self.settings, from_scratch=from_scratch)
+        stage: dict[str, Any] = {"settings": self.settings, "optim": self.optim}
+        check_resume(own, store, blend, yes=yes, from_scratch=from_scratch, **stage)
 
 
 def _begins(config: Config, blend: Mapping[Path, Manifest], yes: bool) -> None:

@@ -287,3 +287,13 @@ def test_no_torch_for_configurations_and_plans() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_part_of_a_stage_s_optimizer_keeps_the_stage_s_other_defaults(small: Path) -> None:
+    """One setting must not raise the learning rate of fine-tuning tenfold, or decay the weights of routers."""
+    plain = load(small, [])
+    one = load(small, ["sft.optim.schedule=constant", "auxiliary.optim.lr=1e-3"])
+    assert (one.sft.optim.lr, one.auxiliary.optim.weight_decay) == (1e-5, 0.0)
+    assert one.sft.optim == plain.sft.optim.model_copy(update={"schedule": "constant"})
+    assert one.auxiliary.optim == plain.auxiliary.optim.model_copy(update={"lr": 1e-3})
+    assert (one.optim.lr, one.optim.weight_decay) == (1e-4, 0.1)

@@ -409,3 +409,12 @@ def test_resume_of_a_run_that_train_started_says_how_it_goes_on(tmp_path: Path) 
     (run / "lease.json").unlink()
     with pytest.raises(LaunchError, match="was never launched"):
         control.resume(run)
+
+
+def test_stages_of_a_stage_are_listed_after_it(tmp_path: Path) -> None:
+    """Causal routers are trained after fine-tuning, in its folder."""
+    places = ["run", "run/auxiliary", "run/sft", "run/sft/auxiliary", "sun"]
+    for place in places:
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "config.yaml").write_text("train: {steps: 4}\n")
+    assert status.known(tmp_path) == [tmp_path / place for place in places]

@@ -366,3 +366,17 @@ def test_a_stage_on_other_data_than_its_run_needs_a_yes(tmp_path: Path) -> None:
         stage(f"data.path={first}")
     assert "--yes" in (asked.value.remedy or "")
     stage(f"data.path={first}", yes=True)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_jump_of_the_learning_rate_names_the_settings_of_its_stage(tmp_path: Path, stage: str) -> None:
+    entry, settings = STAGES[stage], ("optim.schedule=linear", "sft.path=data/none")
+    folder = entry.folder(tmp_path / "run")
+    commit(folder, 1000)
+    store = Store.of_run(folder)
+    made = config(f"{entry.optim}.schedule=constant", f"{entry.optim}.lr=1e-2", f"{entry.steps}=2000", *settings)
+    with pytest.raises(ConfigError, match="learning rate would jump") as raised:
+        preflight.check_resume(made, store, {}, yes=False, settings=entry.settings, optim=entry.optim)
+    hold = raised.value.remedy.split("(")[1].partition(")")[0].split()
+    assert [text.partition("=")[0] for text in hold] == [f"{entry.optim}.schedule", f"{entry.optim}.lr"]
+    assert f"({entry.optim}.restart=1000 and {entry.optim}.warmup)" in raised.value.remedy

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mmscale.cli import main
-from mmscale.data.prepared.reasons import Reason, reasons
+from mmscale.data.prepared.rejected_reasons import Reason, reasons
 
 
 def test_reasons_that_differ_in_names_and_numbers_are_one(tmp_path: Path) -> None:

@@ -3,8 +3,8 @@
     python docs/measurements/decoding.py FOLDER
 
 Prepares the digits, trains the model of configs/quickstart.yaml and its causal routers in one process, draws 1,600
-digits in each way, and fills holes of held-out documents: the tables of docs/infilling.md. They go to the terminal
-and to FOLDER/decoding.json. A second start finds the trained model.
+digits in each way, and fills holes of held-out documents: the tables of docs/decoding.md and
+docs/infilling.md. They go to the terminal and to FOLDER/decoding.json. A second start finds the trained model.
 """
 
 import json
@@ -16,11 +16,10 @@ from pathlib import Path
 import numpy as np
 
 from checkpoints_tools.huggingface.generator import Generator, open_generator
-from checkpoints_tools.huggingface.infill import infill
 from checkpoints_tools.huggingface.prompts import Prompt
+from checkpoints_tools.huggingface.shipped.infilling_moma import Holes
 from checkpoints_tools.huggingface.shipped.likelihood_moma import document_behind, log_likelihoods
 from mmscale.data.built_in.digits import DRAW, WORDS, labelled
-from mmscale.data.modalities.image_files import save_png
 from mmscale.inference.generate import Sampling, generate
 from mmscale.inference.recognise import recognise
 
@@ -41,7 +40,8 @@ WAYS = {
     "CD-K, k 4, alpha 0.3 from <mask>": {"cd_k": 4, "cd_alpha": 0.3, **MASK},
     "CD-K, k 4, alpha 1 from <mask>": {"cd_k": 4, "cd_alpha": 1.0, **MASK},
 }
-MIDDLE = (0, 1, 4, 2)  # of a picture of 4 x 4 tokens: its second and third row, 8 tokens in one hole
+RANKED = ("no guidance", "guidance 2", "guidance 2 from <mask>", "CD-K, k 4, alpha 0.3")
+MIDDLE, HIDDEN = (0, 1, 4, 2), slice(4, 12)  # of a picture of 4 x 4 tokens: its second and third row, in one hole
 
 
 def trained(folder: Path) -> Path:
@@ -58,14 +58,16 @@ def trained(folder: Path) -> Path:
     return folder / "runs" / "drawings"
 
 
-def drawn(model: Generator, way: dict) -> dict:
+def drawn(model: Generator, way: dict, *, ranked: bool) -> dict:
     """Shares of digits that are read as asked, by what ranks samples and of how many the best is kept."""
     prompts = [Prompt(f"draw a {word}", draw=True) for word in WORDS]
-    samples = model.sample(prompts, count=EACH, sampling=Sampling(max_tokens=17, **way))
+    samples = model.sample(prompts, count=EACH, sampling=Sampling(max_tokens=17, batch=EACH * len(WORDS), **way))
     pictures = [np.asarray(one.pieces[0]) for one in samples]
     right = np.array(
         [recognise([(one.prompt.text, picture)]).right for one, picture in zip(samples, pictures, strict=True)]
     )
+    if not ranked:
+        return {"one": float(right.mean())}
     found = {"any of them": shares(right, right.astype(float))}
     for name, masked, caption in (
         ("prompt in the hole", True, None),
@@ -95,42 +97,61 @@ def shares(right: np.ndarray, scores: np.ndarray) -> dict:
     return found
 
 
-def filled(model: Generator, folder: Path) -> dict:
+def filled(model: Generator) -> dict:
     """Shares of words and of image tokens that are restored exactly, on held-out pictures."""
     images, labels = labelled(held_out=True)
-    codes = model.processor.codes
-    greedy = Sampling(temperature=0.0, max_tokens=12)
-    words = {"word before the picture": 0, "word behind the picture": 0}
-    both, prompts = [], []
-    folder.mkdir(exist_ok=True)
-    truth = codes.encode(images[..., None]) + model.processor.image_range[0]
-    for number, (picture, label) in enumerate(zip(images, labels, strict=True)):
-        file = folder / f"{number}.png"
-        save_png(picture[..., None], file)
-        word = WORDS[label]
-        for name, text in zip(words, ("draw a <hole><image>", "<image>this is a <hole>"), strict=True):
-            (one,) = infill(model, [Prompt(text, (file,))], mask=None, count=1, sampling=greedy)
-            text_of = "".join(piece for piece in one.pieces if isinstance(piece, str))
-            words[name] += text_of.split()[-1:] == [word] and one.ended
-        caption = DRAW[number % len(DRAW)].format(word)
-        (one,) = infill(model, [Prompt(f"{caption}<image>", (file,))], mask=MIDDLE, count=1, sampling=greedy)
-        first = one.ids.index(model.processor.boi) + 1
-        both.append(one.ids[first + 4 : first + 12])
-        prompts.append([*model.encode(Prompt(caption, draw=True)), *truth[number, :4].tolist()])
-    plain = generate(
-        model.model,
-        prompts,
-        sampling=Sampling(temperature=0.0, max_tokens=8),
-        items=[],
-        context=256,
-        never=range(model.processor.image_range[0]),
+    processor, words = model.processor, [WORDS[label] for label in labels]
+    result = {}
+    for name, pieces in {
+        "word before the picture": lambda picture: ["draw a", processor.HOLE, picture],
+        "word before the picture, hole behind a space": lambda picture: ["draw a ", processor.HOLE, picture],
+        "word behind the picture": lambda picture: [picture, "this is a", processor.HOLE],
+    }.items():
+        found = fillings(model, [pieces(picture[..., None]) for picture in images])
+        written = [processor.tokenizer.decode(ids).strip() for ids in found]
+        result[name] = float(np.mean([one == word for one, word in zip(written, words, strict=True)]))
+    prompts = [processor.encode([picture[..., None], "this is a"]) for picture in images]
+    read = [processor.tokenizer.decode(one.ids[:1]).strip() for one in generated(model, prompts, max_tokens=2)]
+    result["word behind the picture, continued"] = float(
+        np.mean([one == word for one, word in zip(read, words, strict=True)])
     )
-    restored = {"from both sides": np.array(both), "from the tokens before": np.array([one.ids for one in plain])}
-    common = codes.encode(labelled(held_out=False)[0][..., None])[:, 4:12] + model.processor.image_range[0]
-    most = np.array([np.bincount(column).argmax() for column in common.T])
-    result = {name: count / len(labels) for name, count in words.items()}
-    result |= {f"image tokens {name}": float((rows == truth[:, 4:12]).mean()) for name, rows in restored.items()}
-    return result | {"image tokens, the most frequent of each place": float((truth[:, 4:12] == most).mean())}
+    truth = codes_of(model, images)
+    captions = [DRAW[number % len(DRAW)].format(word) for number, word in enumerate(words)]
+    masked = [{"type": "image", "image": picture[..., None], "mask": MIDDLE} for picture in images]
+    prompts = [
+        [*model.encode(Prompt(caption, draw=True)), *own[: HIDDEN.start].tolist()]
+        for caption, own in zip(captions, truth, strict=True)
+    ]
+    text = range(processor.image_range[0])
+    before = [one.ids for one in generated(model, prompts, never=text, max_tokens=HIDDEN.stop - HIDDEN.start)]
+    common = codes_of(model, labelled(held_out=False)[0])[:, HIDDEN]
+    for name, tokens in {
+        "image tokens from both sides": fillings(model, [list(pair) for pair in zip(captions, masked, strict=True)]),
+        "image tokens from those before": before,
+        "image tokens, the most frequent of each place": [np.bincount(column).argmax() for column in common.T],
+    }.items():
+        result[name] = float((np.array(tokens) == truth[:, HIDDEN]).mean())
+    return result
+
+
+def codes_of(model: Generator, images: np.ndarray) -> np.ndarray:
+    """Ids of the tokens of pictures, [n, 16]."""
+    codes: np.ndarray = model.processor.codes.encode(images[..., None]) + model.processor.image_range[0]
+    return codes
+
+
+def fillings(model: Generator, documents: list) -> list:
+    """What the model writes into the only hole of each document, always the most likely token."""
+    holes = [Holes(model.processor, document) for document in documents]
+    prompts = [one.prompt([]) for one in holes]
+    grammars, ends = [holes[0].grammar(0)], (holes[0].end,)
+    return [one.ids for one in generated(model, prompts, grammars=grammars, ends=ends, max_tokens=12)]
+
+
+def generated(model: Generator, prompts: list, *, max_tokens: int, **options: object) -> list:
+    """Continuations, always the most likely token."""
+    sampling = Sampling(temperature=0.0, max_tokens=max_tokens, batch=len(prompts))
+    return generate(model.model, prompts, sampling=sampling, items=[], context=256, **options)
 
 
 if __name__ == "__main__":
@@ -138,9 +159,9 @@ if __name__ == "__main__":
     place = Path(sys.argv[1])
     place.mkdir(parents=True, exist_ok=True)
     opened = open_generator(trained(place))
-    result = {"filled": filled(opened, place / "pictures")}
+    result = {"filled": filled(opened)}
     log.info("%s", json.dumps(result["filled"], indent=1))
     for title, settings in WAYS.items():
-        result[title] = drawn(opened, settings)
+        result[title] = drawn(opened, settings, ranked=title in RANKED)
         log.info("%s | %s", title, json.dumps(result[title]))
         (place / "decoding.json").write_text(json.dumps(result, indent=1))

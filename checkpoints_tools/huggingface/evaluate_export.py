@@ -31,8 +31,9 @@ from mmscale.data.vocab import PAD, Vocabulary
 from mmscale.errors import CheckpointError
 from mmscale.inference.batch_count import Place, counted, silent
 from mmscale.inference.built_in_tasks import built_in
+from mmscale.inference.chosen_data import with_data, with_neighbours
 from mmscale.inference.document_losses import cut_documents
-from mmscale.inference.scores import measured, with_data, with_neighbours
+from mmscale.inference.scores import measured
 from mmscale.tables.plugins import Use
 from mmscale.train.steps.step import mean_losses
 

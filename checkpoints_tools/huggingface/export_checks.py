@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
-from checkpoints_tools.huggingface.export_settings import REPORT
+from checkpoints_tools.huggingface.export_settings import CONFIG, REPORT, config_of_export, read_config
 from mmscale.checkpoint import publish
 from mmscale.checkpoint.layout import Store
 from mmscale.checkpoint.settings import config_of
@@ -17,8 +18,8 @@ from mmscale.data.prepared.manifest import (
     named_sources,
     read_manifest,
 )
-from mmscale.data.vocab import Vocabulary
-from mmscale.errors import CheckpointError, DataError, shell_command
+from mmscale.data.vocab import IMAGE, Vocabulary
+from mmscale.errors import CheckpointError, DataError, UsageError, shell_command
 from mmscale.inference.supported_routing import saved_model
 
 
@@ -95,6 +96,48 @@ def refuse_without_routers(
         f"{where} has no {what}: its experts choose among all tokens of a sequence, later ones too, so that "
         "it cannot generate",
         remedy=f"train them: {shell_command('train', run / 'config.yaml', '--stage', 'auxiliary')}{alternative}",
+    )
+
+
+def check_asked(folder: Path, step: int | None, *, chat: bool, modalities: Iterable[str]) -> None:
+    """Refuse what a model cannot be asked for by its vocabulary.
+
+    Args:
+        folder: of a run or an export.
+        step: the run's checkpoint; None: the newest.
+        chat: whether prompts are messages.
+        modalities: of files of the prompts and of items to begin.
+
+    Raises:
+        UsageError: the vocabulary has no such modality, or no tokens for messages.
+        CheckpointError: the checkpoint or the export is damaged.
+    """
+    if (folder / CONFIG).is_file():
+        config = config_of_export(folder, read_config(folder))
+    else:
+        store = Store.of_run(folder)
+        chosen = store.choose(step)
+        config = config_of(store.info(chosen), where=store.path(chosen), run=folder)
+    for name in modalities:
+        if name not in config.vocab.names:
+            raise no_modality(name)
+    if chat and not config.vocab.reserved:
+        raise no_messages()
+
+
+def no_modality(name: str) -> UsageError:
+    """The error for items of a modality that a model was not trained with."""
+    options = "--image and --draw" if name == IMAGE else "its files and --begin"
+    return UsageError(
+        f"this model was trained without {'images' if name == IMAGE else name}", remedy=f"leave {options} away"
+    )
+
+
+def no_messages() -> UsageError:
+    """The error for messages to a model whose vocabulary has no tokens for them."""
+    return UsageError(
+        "--chat: the vocabulary of this model has no tokens for messages",
+        remedy="train with vocab.reserved=true, and on conversations: `mmscale train CONFIG --stage sft`",
     )
 
 

@@ -27,6 +27,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from checkpoints_tools.huggingface.export_checks import no_messages, no_modality
 from checkpoints_tools.huggingface.export_settings import (
     CONFIG,
     KEY,
@@ -150,14 +151,11 @@ class Generator:
         """Ids of a prompt, `<s>` first. Errors as in `sample`."""
         for name in dict.fromkeys((*(one for one, _ in prompt.files), *([prompt.opens] if prompt.opens else []))):
             if name == "image" and self.processor.codes is None:
-                raise UsageError("this model was trained without images", remedy="leave --image and --draw away")
+                raise no_modality(name)
             if name != "image" and name not in self.processor.codecs:
-                raise UsageError(f"this model was trained without {name}", remedy="leave its files and --begin away")
+                raise no_modality(name)
         if prompt.chat and not self.config.vocab.reserved:
-            raise UsageError(
-                "--chat: the vocabulary of this model has no tokens for messages",
-                remedy="train with vocab.reserved=true, and on conversations: `mmscale train CONFIG --stage sft`",
-            )
+            raise no_messages()
         refuse_unknown_characters(self.processor.tokenizer, prompt.text)
         try:
             content = document_of(prompt)

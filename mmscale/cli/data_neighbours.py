@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -89,7 +89,7 @@ def retrieve(
     emit(result, as_json=as_json, text=lambda: _found(result))
 
 
-def given_neighbours(text: str) -> int | str:
+def given_neighbours(text: str) -> int | Literal["random"]:
     """The value of `--neighbours` of `mmscale eval`: a number, or the word "random".
 
     Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -78,21 +78,18 @@ def evaluate(
     if routing is not None and routing not in tuple(Routing):
         raise UsageError(f"--routing {routing!r} is not a routing", remedy=f"choose one of {', '.join(Routing)}")
     questions, others = _tasks(task or [])
-    if not ranks.is_shared(nproc):
-        check_model(folder, step)
-        if routing is not None and not (folder / "config.json").is_file():
-            from mmscale.inference.supported_routing import check_routing
-
-            check_routing(folder, step, Routing(routing))
+    near = None if neighbours is None else given_neighbours(neighbours)
     check_set(data)
+    if not ranks.is_shared(nproc):
+        _check(folder, step, routing, data, near)
     tasks = [Use("task", "--task", name, {}) for name in others if name not in EVAL_TASKS]
     own_tasks = [name for name in others if name in EVAL_TASKS]
     for use in tasks:
         plugins.check(use)
     wanted = {"tasks": tasks, "questions": questions, "own_tasks": own_tasks}
     asked: dict[str, Any] = {key: given for key, given in wanted.items() if given}
-    if neighbours is not None:
-        asked["neighbours"] = given_neighbours(neighbours)
+    if near is not None:
+        asked["neighbours"] = near
     if (folder / "config.json").is_file():
         if routing == "batch":
             raise UsageError(
@@ -125,6 +122,21 @@ def evaluate(
         if shared is not None and not shared.is_first:
             return
     emit(result, as_json=as_json, text=lambda: _evaluation(result))
+
+
+def _check(
+    folder: Path, step: int | None, routing: str | None, data: Path | None, neighbours: int | Literal["random"] | None
+) -> None:
+    """Refuse a model that is missing, and a routing and data that a run does not support, before torch is loaded."""
+    check_model(folder, step)
+    if (folder / "config.json").is_file():
+        return
+    from mmscale.inference.chosen_data import check_chosen
+    from mmscale.inference.supported_routing import check_routing
+
+    if routing is not None:
+        check_routing(folder, step, Routing(routing))
+    check_chosen(folder, step, data, neighbours)
 
 
 def _tasks(named: list[str]) -> tuple[dict[str, Path], list[str]]:

@@ -213,7 +213,8 @@ def sample(
     needs_causal = {"--chat": chat, "--infill": holes, "--image": files, "--item": items, "--top-k": top_k}
     needs_causal |= stronger | {"--max-tokens": max_tokens}
     if not ranks.is_shared(nproc):
-        routing = _checked(path, step, routing, needs_causal)
+        names = [*(["image"] if files or draw else []), *(name for name, _ in items), *filter(None, [begin])]
+        routing = _checked(path, step, routing, needs_causal, chat=chat, modalities=names)
     if ranks.starts_ranks(nproc):
         raise typer.Exit(ranks.start_for_a_while(nproc))
     shared = ranks.shared(nproc)
@@ -257,17 +258,21 @@ def sample(
     emit(result, as_json=as_json, text=lambda: show(result))
 
 
-def _checked(path: Path, step: int | None, routing: str | None, options: dict[str, Any]) -> str | None:
+def _checked(
+    path: Path, step: int | None, routing: str | None, options: dict[str, Any], *, chat: bool, modalities: list[str]
+) -> str | None:
     """The routing to generate with, before torch is loaded: batch if none was requested and a run has no other.
 
     Raises:
         CheckpointError: there is no such checkpoint, or it does not support the routing.
-        UsageError: one of `options` was given, which batch routing does not have.
+        UsageError: one of `options` was given, which batch routing does not have; or the vocabulary lacks a modality,
+            or tokens for messages.
     """
-    check_model(path, step)
-    if routing != "batch" and not (path / "config.json").is_file():
-        from checkpoints_tools.huggingface.export_checks import NoRoutersError, check_routers
+    from checkpoints_tools.huggingface.export_checks import NoRoutersError, check_asked, check_routers
 
+    check_model(path, step)
+    check_asked(path, step, chat=chat, modalities=modalities)
+    if routing != "batch" and not (path / "config.json").is_file():
         try:
             check_routers(path, step, routing=routing or "causal")
         except NoRoutersError:

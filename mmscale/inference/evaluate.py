@@ -12,17 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmscale.config import Config
-from mmscale.data.prepared.manifest import check_tokenizers, read_blend
-from mmscale.data.prepared.validation import read_validation
 from mmscale.data.stream.asked import Answers, Asked
 from mmscale.data.stream.bits import bits_per_byte
 from mmscale.data.stream.mixture import Mixture
 from mmscale.data.stream.packed import fill_rows, pack_rows
 from mmscale.inference.batch_count import Place, counted, silent
 from mmscale.inference.built_in_tasks import built_in
+from mmscale.inference.chosen_data import check_tokenizers_of, with_data, with_neighbours
 from mmscale.inference.document_losses import document_sums
 from mmscale.inference.model import RunModel, open_run, stepper_of
-from mmscale.inference.scores import measured, passes_of, with_data, with_neighbours
+from mmscale.inference.scores import measured, passes_of
 from mmscale.model.auxiliary import RouterLearning
 from mmscale.runtime.rank_env import RankEnv
 from mmscale.tables.plugins import Use
@@ -78,10 +77,7 @@ def evaluate_run(
         config = with_neighbours(model.config, neighbours)
         if data is not None:
             config = with_data(config, data)
-        blend = read_blend(config)
-        blend |= {one.folder: one.manifest for one in read_validation(config, blend)}
-        for folder, manifest in blend.items():  # even the run's own data may have been prepared again
-            check_tokenizers(folder, manifest.tokenizers, model.tokenizers, where=f"step {model.step} of {run}")
+        check_tokenizers_of(config, model.tokenizers, run, model.step)
         routes = model.config.model.routes
         result: dict[str, Any] = {"run": str(run), "step": model.step, "routing": routing.value}
         result["sees_later_tokens"] = routes and routing.leaks

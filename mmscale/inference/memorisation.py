@@ -31,8 +31,9 @@ from mmscale.data.stream.mixture import open_mixture
 from mmscale.data.stream.source import Source
 from mmscale.data.vocab import Vocabulary
 from mmscale.errors import DataError
+from mmscale.inference.chosen_data import with_data
 from mmscale.inference.document_losses import LABELS, LIKELIEST
-from mmscale.inference.scores import Scorer, with_data
+from mmscale.inference.scores import Scorer
 from mmscale.train.steps.task_scores import NORMAL_95
 
 DOCUMENTS = 256  # number of different documents of a group, at most

@@ -11,13 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mmscale.config import Config
-from mmscale.config.data.schema import MOST_NEIGHBOURS
 from mmscale.config.derived import CONDITIONAL
 from mmscale.data.modalities.table import open_codecs
 from mmscale.data.modalities.text_tokens import open_text_tokenizer
@@ -30,7 +29,7 @@ from mmscale.data.stream.bits import bits_per_byte
 from mmscale.data.stream.mixture import Mixture, open_mixture
 from mmscale.data.stream.passes import open_passes
 from mmscale.data.vocab import BOS, IMAGE, Vocabulary
-from mmscale.errors import DataError, UsageError
+from mmscale.errors import DataError
 from mmscale.runs.held_out import ACCURACY, prefix_of
 from mmscale.tables import plugins
 from mmscale.tables.plugins import Use
@@ -207,28 +206,6 @@ def passes_of(config: Config) -> dict[str, Mixture]:
     if not found:
         open_mixture(config, HELD_OUT, vocabulary=vocabulary)  # raises an error that names the missing data
     return {prefix_of(name): data for name, data in found.items()}
-
-
-def with_data(config: Config, folder: Path) -> Config:
-    """The configuration with another data set as the only one to evaluate on."""
-    changed = config.data.model_copy(update={"path": str(folder), "blend": (), "validation": {}})
-    return config.model_copy(update={"data": changed})
-
-
-def with_neighbours(config: Config, neighbours: int | Literal["random"] | None) -> Config:
-    """The configuration with another number of neighbours of held-out documents; None: as it is.
-
-    Raises:
-        UsageError: the number is out of range.
-    """
-    if neighbours is None:
-        return config
-    if isinstance(neighbours, int) and not 0 <= neighbours <= MOST_NEIGHBOURS:
-        raise UsageError(
-            f"--neighbours {neighbours} is out of range", remedy=f"give a number from 0 to {MOST_NEIGHBOURS}, or random"
-        )
-    retrieval = config.data.retrieval.model_copy(update={"evaluation": neighbours})
-    return config.model_copy(update={"data": config.data.model_copy(update={"retrieval": retrieval})})
 
 
 def _perplexities(losses: dict[str, float]) -> dict[str, float]:

@@ -336,7 +336,7 @@ def test_eval_writes_the_routing_beside_every_number(
         losses = {"loss": 2.5, "loss/text": 2.0, "perplexity/text": 7.389, "accuracy/digit": 0.9}
         return losses | {"step": 300, "sees_later_tokens": sees_later_tokens}
 
-    monkeypatch.setitem(sys.modules, "mmscale.inference", SimpleNamespace())
+    monkeypatch.setattr("mmscale.inference.chosen_data.check_chosen", lambda *_: None)  # the checkpoint is empty
     monkeypatch.setitem(sys.modules, "mmscale.inference.evaluate", SimpleNamespace(evaluate_run=evaluate_run))
     Path("runs/x/checkpoints/step_00000300").mkdir(parents=True)
     shutil.copytree(Path(__file__).parent / "data/golden/format_1/set", "d")

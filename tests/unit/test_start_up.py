@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from checkpoints_tools.huggingface import export_settings
 from mmscale.checkpoint.layout import INFO, info_text
 from mmscale.checkpoint.shape import shape_of
 from mmscale.config.load import dump, load
@@ -93,17 +95,19 @@ def commands(*lines: str, then: str = "", folder: Path = ROOT) -> list[str]:
 
 
 def test_a_command_says_what_it_is_doing(tmp_path: Path) -> None:
-    """Of a run whose only checkpoint is empty, and of an export without weights."""
+    """Of a run whose only checkpoint is empty, and of an export without a tensor."""
     run, export = tmp_path / "run", tmp_path / "export"
     (run / "checkpoints" / "step_00000001").mkdir(parents=True)
     (run / "config.yaml").write_text("")
     export.mkdir()
-    (export / "config.json").write_text("{}")
+    own = export_settings.settings(load(ROOT / "configs/quickstart.yaml", ["parallel.ep=1"]), {})
+    (export / "config.json").write_text(json.dumps(own))
+    (export / "model.safetensors").write_bytes(struct.pack("<Q", 2) + b"{}")
     lines = {
+        f"sample {export} --prompt x": "loading torch and transformers ...",
         f"report {run} --out {run}/report.html --no-png": "loading what ",
         f"convert from-hf {export} {tmp_path}/out": "loading torch ...",
-        f"eval {run}": "loading torch and megatron-core ...",
-        f"sample {export} --prompt x": "loading torch and transformers ...",
+        f"eval {export}": "loading torch and transformers ...",
     }
     for part, (line, words) in zip(commands(*lines), lines.items(), strict=True):
         assert words in part and ("error: " in part or line.startswith("report")), (line, part)
@@ -158,6 +162,10 @@ def test_a_routing_that_a_run_does_not_support_is_refused_before_torch_is_loaded
         f"sample {bare} --prompt x --routing causal": "has no auxiliary routers",
         f"sample {bare} --prompt x --image {ROOT}/configs/quickstart.yaml": "--image: not with batch routing",
         f"sample {bare} --prompt x --guidance 2 --nproc 2": "--guidance: not with batch routing",
+        f"eval {bare}": "there is no folder data/digits",
+        f"eval {bare} --neighbours 1000": "--neighbours 1000 is out of range",
+        f"sample {tmp_path}/dense --prompt x --chat": "has no tokens for messages",
+        f"sample {tmp_path}/dense --prompt x --begin audio": "this model was trained without audio",
         f"convert to-hf {tmp_path}/joint {out}": "there is no folder data/digits",
         f"convert to-hf {tmp_path}/dense {out}": "there is no folder data/digits",
         f"convert to-hf {tmp_path}/joint {tmp_path}": f"{tmp_path} exists already",

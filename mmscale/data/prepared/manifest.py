@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
@@ -269,9 +270,14 @@ def check_vocabulary(folder: Path, manifest: Manifest, vocabulary: Vocabulary) -
     if manifest.vocabulary != vocabulary.fingerprint:
         has = ", ".join(f"{n} {a}..{b - 1}" for n, (a, b) in zip(manifest.modalities, manifest.ranges, strict=True))
         wants = ", ".join(f"{n} {a}..{b - 1}" for n, (a, b) in zip(vocabulary.names, vocabulary.ranges, strict=True))
+        other = replace(vocabulary, reserved=not vocabulary.reserved)
+        if manifest.vocabulary == other.fingerprint:  # the ranges are the same
+            words = {True: "true", False: "false"}
+            has, wants = (f"vocab.reserved {words[one.reserved]}" for one in (other, vocabulary))
         raise DataError(
             f"data: {folder} was prepared with another vocabulary ({has}) than the configuration's ({wants})",
-            remedy="prepare it with this configuration or correct vocab.modalities",
+            remedy="prepare it with this configuration or correct "
+            + ("vocab.reserved" if manifest.vocabulary == other.fingerprint else "vocab.modalities"),
         )
 
 

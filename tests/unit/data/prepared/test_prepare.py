@@ -230,6 +230,8 @@ def test_wrong_vocabulary(tmp_path: Path) -> None:
     other = Vocabulary(("text", "image"), ((0, 299), (299, 316)))
     with pytest.raises(DataError, match=r"another vocabulary \(text 0\.\.299, image 300\.\.315\)"):
         check_vocabulary(out, manifest, other)
+    with pytest.raises(DataError, match=r"\(vocab.reserved false\) than the configuration's \(vocab.reserved true\)"):
+        check_vocabulary(out, manifest, Vocabulary(manifest.modalities, manifest.ranges, reserved=True))
 
 
 # ------------------------------------------------------------------------------------------------ again and elsewhere

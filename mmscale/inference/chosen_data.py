@@ -1,0 +1,77 @@
+"""The data that an evaluation reads, and its checks, which need settings and files only. No torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from mmscale.checkpoint.layout import Store
+from mmscale.checkpoint.settings import config_of
+from mmscale.config import Config
+from mmscale.config.data.schema import MOST_NEIGHBOURS
+from mmscale.data.prepared.manifest import check_tokenizers, read_blend
+from mmscale.data.prepared.validation import read_validation
+from mmscale.errors import UsageError
+
+Neighbours = int | Literal["random"]
+
+
+def with_data(config: Config, folder: Path) -> Config:
+    """The configuration with another data set as the only one to evaluate on."""
+    changed = config.data.model_copy(update={"path": str(folder), "blend": (), "validation": {}})
+    return config.model_copy(update={"data": changed})
+
+
+def with_neighbours(config: Config, neighbours: Neighbours | None) -> Config:
+    """The configuration with another number of neighbours of held-out documents; None: as it is.
+
+    Raises:
+        UsageError: the number is out of range.
+    """
+    if neighbours is None:
+        return config
+    if isinstance(neighbours, int) and not 0 <= neighbours <= MOST_NEIGHBOURS:
+        raise UsageError(
+            f"--neighbours {neighbours} is out of range", remedy=f"give a number from 0 to {MOST_NEIGHBOURS}, or random"
+        )
+    retrieval = config.data.retrieval.model_copy(update={"evaluation": neighbours})
+    return config.model_copy(update={"data": config.data.model_copy(update={"retrieval": retrieval})})
+
+
+def check_chosen(run: Path, step: int | None, data: Path | None, neighbours: Neighbours | None = None) -> None:
+    """Refuse data that the evaluation of a run's checkpoint would refuse.
+
+    Args:
+        run: the run's folder.
+        step: the checkpoint; None: the newest.
+        data: a prepared data set; None: the run's own.
+        neighbours: of each held-out document; None: as the run says.
+
+    Raises:
+        UsageError: the number of neighbours is out of range.
+        DataError: a data set is missing, damaged, or made with another vocabulary or other tokenizers.
+        CheckpointError: there is no such checkpoint.
+    """
+    store = Store.of_run(run)
+    chosen = store.choose(step)
+    info = store.info(chosen)
+    config = with_neighbours(config_of(info, where=store.path(chosen), run=run), neighbours)
+    check_tokenizers_of(config if data is None else with_data(config, data), info.get("tokenizers") or {}, run, chosen)
+
+
+def check_tokenizers_of(config: Config, learned: dict[str, str], run: Path, step: int) -> None:
+    """Refuse data of other tokenizers than a checkpoint's; even the run's own data may have been prepared again.
+
+    Args:
+        config: with the data to read.
+        learned: fingerprints of the checkpoint's tokenizers; empty if it is too old.
+        run: the run's folder, for the message.
+        step: of the checkpoint, for the message.
+
+    Raises:
+        DataError: a data set is missing, damaged, or made with another vocabulary or other tokenizers.
+    """
+    blend = read_blend(config)
+    blend |= {one.folder: one.manifest for one in read_validation(config, blend)}
+    for folder, manifest in blend.items():
+        check_tokenizers(folder, manifest.tokenizers, learned, where=f"step {step} of {run}")

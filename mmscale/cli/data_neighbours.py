@@ -97,7 +97,7 @@ def given_neighbours(text: str) -> int | Literal["random"]:
     """
     if text != "random" and not text.isdecimal():
         raise UsageError(f"--neighbours {text!r} is no number", remedy="give a number, e.g. 2, or random")
-    return int(text) if text.isdecimal() else text
+    return int(text) if text.isdecimal() else "random"
 
 
 def _found(result: dict[str, Any]) -> None:

@@ -9,8 +9,8 @@ from mmscale.errors import UsageError
 from mmscale.runs.events import EVENTS
 from mmscale.runs.metrics import METRICS
 
-# A remedy. The user may have started the run a moment ago, while torch is loaded.
-NAME_ANOTHER = "name a folder run.dir/run.name, which appears when the ranks have started; `mmscale status` lists runs/"
+# A remedy. The user may have started the run a moment ago, whose checks come first.
+NAME_ANOTHER = "name a folder run.dir/run.name, which appears when the run starts; `mmscale status` lists runs/"
 
 
 def no_run(folder: Path) -> str:

@@ -37,6 +37,7 @@ WAYS = {
     "CD-K, k 1, alpha 0.1": {"cd_k": 1, "cd_alpha": 0.1},
     "CD-K, k 4, alpha 0.3": {"cd_k": 4, "cd_alpha": 0.3},
     "CD-K, k 4, alpha 1": {"cd_k": 4, "cd_alpha": 1.0},
+    "CD-K, k 1, alpha 0.1 from <mask>": {"cd_k": 1, "cd_alpha": 0.1, **MASK},
     "CD-K, k 4, alpha 0.3 from <mask>": {"cd_k": 4, "cd_alpha": 0.3, **MASK},
     "CD-K, k 4, alpha 1 from <mask>": {"cd_k": 4, "cd_alpha": 1.0, **MASK},
 }

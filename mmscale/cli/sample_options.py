@@ -119,9 +119,9 @@ def prompt_options(guidance: str, cd_k: int | None, cd_alpha: float | None, unco
             f"--unconditional {unconditional!r} is unknown", remedy=f"choose one of {', '.join(UNCONDITIONAL)}"
         )
     if cd_k is None and cd_alpha is not None:
-        raise UsageError("--cd-alpha is given without --cd-k", remedy="for example: --cd-k 8 --cd-alpha 0.1")
+        raise UsageError("--cd-alpha is given without --cd-k", remedy="for example: --cd-k 1 --cd-alpha 0.1")
     if cd_k is not None and cd_k < 1:
-        raise UsageError(f"--cd-k {cd_k} is not at least 1", remedy="for example: --cd-k 8")
+        raise UsageError(f"--cd-k {cd_k} is not at least 1", remedy="for example: --cd-k 1")
     if cd_alpha is not None and not 0.0 < cd_alpha <= 1.0:
         raise UsageError(f"--cd-alpha {cd_alpha:g} is not above 0 and at most 1", remedy="for example: --cd-alpha 0.1")
     if cd_k is not None and scale != 1.0:

@@ -282,11 +282,11 @@ def test_decoding_that_is_refused(models: tuple[Path, Path, Path], masked: Path,
         assert_says(ended, status=status, cause=cause, remedy=remedy)
         assert not (tmp_path / "out").exists()
 
-    refused(run, *asked, "--cd-k", "0", cause="--cd-k 0 is not at least 1", remedy="--cd-k 8")
+    refused(run, *asked, "--cd-k", "0", cause="--cd-k 0 is not at least 1", remedy="--cd-k 1")
     for alpha in ("0", "1.5", "nan"):
         cause = f"--cd-alpha {alpha} is not above 0 and at most 1"
         refused(run, *asked, "--cd-k", "4", "--cd-alpha", alpha, cause=cause, remedy="--cd-alpha 0.1")
-    refused(run, *asked, "--cd-alpha", "0.1", cause="without --cd-k", remedy="--cd-k 8")
+    refused(run, *asked, "--cd-alpha", "0.1", cause="without --cd-k", remedy="--cd-k 1")
     refused(run, *asked, "--cd-k", "4", "--guidance", "2", cause="are both given", remedy="one of them")
     refused(run, *asked, "--unconditional", "mask", cause="without --guidance or --cd-k", remedy="--guidance 2")
     refused(run, *asked, "--unconditional", "all", cause="'all' is unknown", remedy="none, mask")

@@ -361,7 +361,7 @@ class MomaProcessor(ProcessorMixin):
         return guidance(self, model, scale=scale, unconditional=unconditional)
 
     def contrastive(self, model: Any, *, k: int, alpha: float = 0.1, unconditional: str = "none") -> Grammar:
-        """Contrastive decoding (CD-K): `logits_processor=[processor.grammar(), processor.contrastive(model, k=8)]`."""
+        """Contrastive decoding (CD-K): `logits_processor=[processor.grammar(), processor.contrastive(model, k=1)]`."""
         return contrastive(self, model, k=k, alpha=alpha, unconditional=unconditional)
 
     def likelihoods(self, model: Any, prompts: Any, sequences: Any, *, text: str | None = None) -> list[float]:

@@ -145,7 +145,7 @@ class Measurement:
         self.fuse("average", "--average")
         self.train("mot", "both", ALL, UNTIED)
         self.train("dense", "both", ALL)
-        self.train("mot briefly", "both", ON, UNTIED, "optim.warmup=6")
+        self.train("mot_briefly", "both", ON, UNTIED, "optim.warmup=6")
         return self.losses
 
 

@@ -136,6 +136,7 @@ SPLIT: tuple[tuple[str, str, dict[str, Any], int], ...] = (
     ("dense", "tensorwise", {"cp": 2}, 3),
     ("moma_depth", "delayed", {"cp": 2, "ep": 2}, 1),
     ("moma", "blockwise", {"cp": 2}, 1),
+    ("mot_4t1i", "delayed", {"cp": 2, "ep": 2}, 2),
 )
 
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from transformers.generation import LogitsProcessor
 
+ALPHA = 0.1  # of contrastive decoding, as in arXiv 2210.15097
+
 
 class UnconditionalBranch:
     """Computes the distribution of an item's next token without the prompt of its row.
@@ -194,4 +196,4 @@ def contrasted(scores: torch.Tensor, without: torch.Tensor, *, k: int, alpha: fl
     return (given - alone).masked_fill(excluded | (given < floor), float("-inf"))
 
 
-__all__ = ["ClassifierFreeGuidance", "ContrastiveDecoding", "UnconditionalBranch", "contrasted"]
+__all__ = ["ALPHA", "ClassifierFreeGuidance", "ContrastiveDecoding", "UnconditionalBranch", "contrasted"]

@@ -20,6 +20,7 @@ from .codecs_moma import CODECS
 from .content_moma import MARK, PLACEHOLDER, ImagePart, ItemPart, images_in_order, marked_messages, part_of, shown
 from .decoding_moma import contrastive, guidance, special_grammar
 from .grammar_moma import Grammar, ImageGrammar
+from .guidance_moma import ALPHA
 from .image_codes_moma import FOLDER, Codes, read_codes, write_codes
 from .infilling_moma import HOLE, FillingGrammar, Holes, fill
 from .items_moma import ItemCodec, ItemPiece, codec_folder
@@ -360,7 +361,7 @@ class MomaProcessor(ProcessorMixin):
         """Guidance of items, for `logits_processor=[processor.guidance(model, 2.0), processor.grammar()]`."""
         return guidance(self, model, scale=scale, unconditional=unconditional)
 
-    def contrastive(self, model: Any, *, k: int, alpha: float = 0.1, unconditional: str = "none") -> Grammar:
+    def contrastive(self, model: Any, *, k: int, alpha: float = ALPHA, unconditional: str = "none") -> Grammar:
         """Contrastive decoding (CD-K): `logits_processor=[processor.grammar(), processor.contrastive(model, k=1)]`."""
         return contrastive(self, model, k=k, alpha=alpha, unconditional=unconditional)
 

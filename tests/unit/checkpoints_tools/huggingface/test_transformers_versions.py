@@ -27,7 +27,13 @@ VERSIONS: dict[str, tuple[str, ...]] = {
     "5.23.0": (),  # the last one to call the cache past_key_values
     NEWEST: (),  # calls it cache
 }
-TESTS = ("test_forward_arguments.py", "test_modeling_moma.py", "test_processing_moma.py")
+TESTS = (
+    "test_forward_arguments.py",
+    "test_guidance_moma.py",
+    "test_likelihood_moma.py",
+    "test_modeling_moma.py",
+    "test_processing_moma.py",
+)
 GENERATE = """
 import json, sys, torch, transformers
 from transformers import AutoModelForCausalLM

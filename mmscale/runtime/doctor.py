@@ -30,7 +30,7 @@ Status = Literal["ok", "warn", "missing"]
 ApexStatus = Literal["absent", "wrong", "python-only", "ok"]
 
 MEGATRON = "0.16.1"  # tested by the suite; the CPU adaptor and the model layers depend on its internals
-MEGATRON_TRIED = (MEGATRON, "0.19.2")  # docs/versions.md
+MEGATRON_TRIED = (MEGATRON, "0.17.1", "0.18.2", "0.19.2")  # docs/versions.md
 _TORCH = "2.6"
 _TRANSFORMER_ENGINE = ("2.9", "2.12")  # required by megatron-core 0.16.1: from, below
 _GIB = 2**30
@@ -144,7 +144,7 @@ def _megatron() -> Check:
     if version is None:
         return Check("megatron-core", "missing", "not installed", fix, required=True)
     if version not in MEGATRON_TRIED:
-        return Check("megatron-core", "warn", f"{version}, mmscale was tried with {' and '.join(MEGATRON_TRIED)}", fix)
+        return Check("megatron-core", "warn", f"{version}, mmscale was tried with {', '.join(MEGATRON_TRIED)}", fix)
     return Check("megatron-core", "ok", version, required=True)
 
 

@@ -254,7 +254,7 @@ def _draw_coselection(record: dict[str, Any], groups: Sequence[tuple[str, str]],
                 axes.set_ylabel("expert", fontsize=8)
             if row == len(found) - 1:
                 axes.set_xlabel("expert", fontsize=8)
-    label = f"of the tokens of the row's expert,\nthose that the column's took too; step {record['step']:,}"
+    label = f"share of the row's expert's tokens\nthat the column's took too; step {record['step']:,}"
     figure.colorbar(image, ax=figure.axes, shrink=0.8).set_label(label, fontsize=8)
     save_figure(figure, file)
 

@@ -95,8 +95,10 @@ class _Functions(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         what = _FUNCTIONS.get(func, "")
-        # Without a `device` argument torch.tensor makes a host tensor, as in megatron-core's schedules.
-        if what and (func not in _FACTORIES or (kwargs or {}).get("device") is not None):
+        # Without a `device` argument torch.tensor makes a host tensor, as in megatron-core's schedules; as_tensor of a
+        # tensor (schedules.py of 0.19, _normalize_loss_scale) copies nothing if it is on the device already.
+        made = func in _FACTORIES and ((kwargs or {}).get("device") is None or isinstance(args[0], torch.Tensor))
+        if what and not made:
             self.note(what)
         return func(*args, **(kwargs or {}))
 

@@ -95,8 +95,13 @@ def config_of_export(folder: Path, content: dict[str, Any]) -> Config:
         content: of its config.json.
 
     Raises:
-        CheckpointError: it is of another version, or damaged.
+        CheckpointError: it is not ours, of another version, or damaged.
     """
+    if not is_ours(folder, content):
+        raise CheckpointError(
+            f"{folder} was not exported by mmscale (no {KEY} in its {CONFIG})",
+            remedy="name a run, or a folder that `mmscale convert to-hf` made",
+        )
     where = folder / (CONFIG if KEY in content else _BEFORE)
     try:
         held = content[KEY] if KEY in content else bounded.read_json(where)

@@ -30,9 +30,7 @@ from transformers.utils import logging as transformers_logging
 from checkpoints_tools.huggingface.export_checks import no_messages, no_modality
 from checkpoints_tools.huggingface.export_settings import (
     CONFIG,
-    KEY,
     config_of_export,
-    is_ours,
     read_config,
     refuse_quantised,
 )
@@ -291,7 +289,7 @@ def _processor(config: Config, own: DataTokenizers) -> MomaProcessor:
 def _of_folder(folder: Path, routing: str | None) -> Generator:
     content = read_config(folder)
     refuse_quantised(folder, content)
-    config = _settings(folder, content)
+    config = config_of_export(folder, content)
     check_digests(folder, content, used=is_used)
     files = ModelFiles(folder)  # refuses missing shards and files outside of the folder
     if content.get("model_type") != model_type(config):
@@ -320,15 +318,6 @@ def _saved_processor(folder: Path) -> MomaProcessor:
             f"{folder} has no readable processor: {str(error).strip().splitlines()[0]}",
             remedy=f"a fine-tuned export needs it too: processor.save_pretrained(DIR); else {_AGAIN}",
         ) from error
-
-
-def _settings(folder: Path, content: dict[str, Any]) -> Config:
-    if not is_ours(folder, content):
-        raise CheckpointError(
-            f"{folder} was not exported by mmscale (no {KEY} in its {CONFIG})",
-            remedy="name a run, or a folder that `mmscale convert to-hf` made",
-        )
-    return config_of_export(folder, content)
 
 
 def _loaded(content: dict[str, Any], folder: Path | None, weights: dict[str, Tensor], *, where: Path) -> Any:

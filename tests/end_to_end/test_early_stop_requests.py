@@ -42,6 +42,7 @@ def test_a_run_is_known_while_it_loads_torch(
     assert not (run / "events.jsonl").exists()
 
 
+@pytest.mark.usefixtures("signals_heard")
 def test_a_second_attempt_is_known_while_it_loads_torch(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from mmscale.data.stream.context_rows import ContextRows
 from mmscale.data.stream.micro_batch import MicroBatch
-from mmscale.data.stream.packed import fill_rows, pack_rows, padded_length
+from mmscale.data.stream.packed import fill_rows, pack_rows, padded_sizes
 from mmscale.data.vocab import Vocabulary
 
 
@@ -113,6 +113,7 @@ class PackedQuestions:
         filled = fill_rows(self._read, seq_length=seq_length, multiple=multiple)
         self._parts = [filled[first : first + rows] for first in range(0, len(filled), rows)]
         self._rows = rows
+        self._sizes = padded_sizes(self._read, multiple)
 
     def __len__(self) -> int:
         """Number of micro-batches."""
@@ -145,7 +146,7 @@ class PackedQuestions:
                     for at in range(one.start, len(one.ids)):
                         place = known.setdefault((row, first + at - 1), len(known))
                         found.append((place, one.ids[at], number))
-                first += padded_length(len(self._read[document]), self._multiple)
+                first += self._sizes[document]
         places, tokens, asked = np.array(found, dtype=np.int64).reshape(-1, 3).T
         rows, positions = np.array(list(known), dtype=np.int64).reshape(-1, 2).T
         return WantedTokens(rows, positions, places, tokens, asked)

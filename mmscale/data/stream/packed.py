@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmscale.data.stream.micro_batch import MicroBatch
+from mmscale.data.stream.packing import padded_lengths
 from mmscale.data.vocab import PAD, Vocabulary
 
 
@@ -43,14 +44,14 @@ def pack_rows(
     for row, content in enumerate(rows):
         at = 0
         places.append([])
-        for number, ids in enumerate(content):
+        for number, (ids, size) in enumerate(zip(content, padded_sizes(content, multiple), strict=True)):
             end = at + len(ids)
             assert end <= seq_length, f"row {row} is longer than {seq_length} tokens"
             tokens[row, at:end] = ids
             labels[row, at : end - 1] = ids[1:]
             mask[row, at : end - 1] = 1.0
             places[row].append(TokenPlace(row, at))
-            begin, at = at, at + padded_length(len(ids), multiple)
+            begin, at = at, at + size
             positions[row, begin:at] = np.arange(at - begin)
             documents[row, begin:at] = number
         documents[row, at:] = len(content)
@@ -76,8 +77,7 @@ def fill_rows(documents: Sequence[NDArray[np.int64]], *, seq_length: int, multip
     """Numbers of the documents of each row, in order, as many per row as fit when each is padded to a multiple."""
     rows: list[list[int]] = [[]]
     left = seq_length
-    for number, ids in enumerate(documents):
-        size = padded_length(len(ids), multiple)
+    for number, size in enumerate(padded_sizes(documents, multiple)):
         if size > left and rows[-1]:
             rows.append([])
             left = seq_length
@@ -86,6 +86,7 @@ def fill_rows(documents: Sequence[NDArray[np.int64]], *, seq_length: int, multip
     return rows
 
 
-def padded_length(tokens: int, multiple: int) -> int:
-    """Tokens that a document occupies if it is padded to a multiple of `multiple`."""
-    return -(-tokens // multiple) * multiple
+def padded_sizes(documents: Sequence[NDArray[np.int64]], multiple: int) -> list[int]:
+    """Tokens that each document occupies if it is padded to a multiple of `multiple`."""
+    sizes: list[int] = padded_lengths(np.array([len(ids) for ids in documents], dtype=np.int64), multiple).tolist()
+    return sizes

@@ -10,7 +10,10 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from checkpoints_tools.huggingface.shipped.guidance_moma import ContrastiveDecoding, contrasted
+from checkpoints_tools.huggingface.shipped import decoding_moma
+from checkpoints_tools.huggingface.shipped.guidance_moma import ALPHA, ContrastiveDecoding, contrasted
+from mmscale.cli import sample_options
+from mmscale.inference.generate import Sampling
 
 
 def slow(cond: list[float], uncond: list[float], *, k: int, alpha: float) -> list[float]:
@@ -77,3 +80,9 @@ def test_without_the_prompts_effect_all_candidates_are_equal() -> None:
 def test_refused(k: int, alpha: float) -> None:
     with pytest.raises(ValueError, match="must be at least 1, and alpha"):
         ContrastiveDecoding(None, k=k, alpha=alpha)  # type: ignore[arg-type]
+
+
+def test_the_command_has_the_options_and_defaults_of_exports() -> None:
+    """The command must not import torch for them, and an export must not import mmscale."""
+    assert sample_options.CD_ALPHA == ALPHA == Sampling().cd_alpha
+    assert tuple(sample_options.UNCONDITIONAL) == decoding_moma.UNCONDITIONAL

@@ -43,12 +43,12 @@ def mirror(run: Path) -> dict[str, Any]:
         if settings is None or not Store(settings.root).steps():
             continue
 
-        def tell(done: Uploaded, stage: str = stage.name) -> None:
+        def show(done: Uploaded, stage: str = stage.name) -> None:
             uploaded.append({"stage": stage, **vars(done)})
 
         try:
             uploader = settings.uploader()
-            uploader.bring_up_to_date(tell)
+            uploader.bring_up_to_date(show)
         except (UsageError, CheckpointError):
             raise
         except Exception as error:  # stores raise all kinds of errors

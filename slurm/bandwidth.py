@@ -67,9 +67,9 @@ def run(env: RankEnv, *, megabytes: float) -> None:
         inside, _ = dist.new_subgroups(local)
         speed = measure(inside, megabytes=megabytes)
         if env.local_rank == 0:
-            _tell(node=name, inside=speed)
+            _emit(node=name, inside=speed)
     elif env.local_rank == 0:
-        _tell(node=name)
+        _emit(node=name)
     if count == 1:
         return
     names: list[Any] = [None] * env.world_size
@@ -83,13 +83,13 @@ def run(env: RankEnv, *, megabytes: float) -> None:
         if node in (one, other):
             speed = measure(group, megabytes=megabytes)
             if env.rank == one * local:
-                _tell(pair=[names[one * local], names[other * local]], between=speed)
+                _emit(pair=[names[one * local], names[other * local]], between=speed)
     speed = measure(None, megabytes=megabytes)
     if env.rank == 0:
-        _tell(ranks=env.world_size, all=speed)
+        _emit(ranks=env.world_size, all=speed)
 
 
-def _tell(**fields: Any) -> None:
+def _emit(**fields: Any) -> None:
     rounded = {key: round(value, 4) if isinstance(value, float) else value for key, value in fields.items()}
     sys.stdout.write(json.dumps(rounded) + "\n")  # one write, so that lines of several ranks do not mix
     sys.stdout.flush()

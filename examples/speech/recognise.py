@@ -42,16 +42,16 @@ def main() -> None:
     classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=200, C=0.01))
     classifier.fit(features(codec, known), labels)
 
-    def tell(what: str, items: np.ndarray, right: np.ndarray) -> None:
+    def show(what: str, items: np.ndarray, right: np.ndarray) -> None:
         share = (classifier.predict(features(codec, items)) == right).mean()
         sys.stdout.write(f"{what}: {share:.1%} of {len(items)} are read as asked\n")
 
-    tell("held-out recordings", held_out, wanted)
+    show("held-out recordings", held_out, wanted)
     through = np.stack([AudioModality.read(one, codec) for one in codec.decode(codec.encode(held_out))])
-    tell("the same through the codec", through, wanted)
+    show("the same through the codec", through, wanted)
     files = sorted(samples.glob("[0-9][0-9]_*.wav"))
     made = np.stack([AudioModality.read(file, codec) for file in files])
-    tell("generated", made, np.array([int(file.name[:2]) for file in files]))
+    show("generated", made, np.array([int(file.name[:2]) for file in files]))
 
 
 if __name__ == "__main__":

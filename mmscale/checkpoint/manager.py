@@ -170,7 +170,7 @@ class CheckpointManager:
                 self._on_first(self.store.point_to_newest)
                 return step
             bad = self._on_first(functools.partial(self.store.quarantine, step))
-            self._tell("checkpoint_bad", step=step, kept_as=bad.name, problems=problems[:20])
+            self._emit("checkpoint_bad", step=step, kept_as=bad.name, problems=problems[:20])
         return None
 
     def problems(self, step: int) -> list[str]:
@@ -249,7 +249,7 @@ class CheckpointManager:
                 state.expect(there)
             return state.sharded(loading=True)
         self._refuse_missing(step, "the optimizer's state: it holds weights only")
-        self._tell("optimizer_fresh", step=step)
+        self._emit("optimizer_fresh", step=step)
         # `sharded(loading=True)` would fill the state of megatron's optimizers with uninitialized memory.
         return state.sharded_weights() if isinstance(state, HasWeights) else state.sharded(loading=True)
 
@@ -278,7 +278,7 @@ class CheckpointManager:
             missing = f"{states.count(False)} of {self._size} ranks ({random_states.FOLDER}/)"
             self._refuse_missing(step, f"the random state of {missing}")
         random_state.reseed(self.seed, step)
-        self._tell("random_state_fresh", step=step, saved_topology=saved, topology=groups.topology())
+        self._emit("random_state_fresh", step=step, saved_topology=saved, topology=groups.topology())
 
     def _refuse_missing(self, step: int, what: str) -> None:
         if not self.allow_missing:
@@ -288,7 +288,7 @@ class CheckpointManager:
 
     # --- all ranks alike --------------------------------------------------------------------------------------------
 
-    def _tell(self, event: str, **fields: Any) -> None:
+    def _emit(self, event: str, **fields: Any) -> None:
         if self._first:
             self.on_event(event, **fields)
 

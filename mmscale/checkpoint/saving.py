@@ -112,7 +112,7 @@ class Saver:
         """
         if self._flight is not None and not last and not self.waits_before(step):
             self.skipped += 1
-            self._tell("save_skipped", step=step, under_way=self._flight.step)
+            self._emit("save_skipped", step=step, under_way=self._flight.step)
             return
         self._finish()
         for _ in range(_TRIES if last else 1):
@@ -191,7 +191,7 @@ class Saver:
 
     def _begin(self, step: int, sharded: Callable[[], dict[str, Any]]) -> None:
         began = time.monotonic()
-        self._tell("save_begin", step=step)
+        self._emit("save_begin", step=step)
         self.on_point("save", step)
         self._number += 1
         if self._planner is None:
@@ -328,7 +328,7 @@ class Saver:
             self._step_time_saving = (seconds - flight.blocked_s) / flight.boundaries
             fields["step_time_s"] = round(self._step_time_saving, 4)
         records = [record for part in flight.written for record in part.files.values()]
-        self._tell(
+        self._emit(
             "save_committed",
             step=flight.step,
             seconds=round(seconds, 3),
@@ -360,7 +360,7 @@ class Saver:
         self.failures += 1
         self._in_a_row += 1
         self._reason = f"rank {rank}: {reason}"
-        self._tell(
+        self._emit(
             "save_failed",
             step=flight.step,
             rank=rank,
@@ -394,6 +394,6 @@ class Saver:
     def _remedy(self, then: str) -> str:
         return f"make sure that {self.store.root} can be written (space, quota, mount), then {then}"
 
-    def _tell(self, event: str, **fields: Any) -> None:
+    def _emit(self, event: str, **fields: Any) -> None:
         if self._rank == 0:
             self.on_event(event, **fields)

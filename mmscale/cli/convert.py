@@ -79,12 +79,12 @@ def to_hf(
     from checkpoints_tools.huggingface import export_checks
 
     export_checks.check(folder, step, out, data=data, routing=routing)
-    from mmscale.runtime.waiting import waiting
+    from mmscale.runtime.activity import report_activity
 
-    with waiting("loading torch", enabled=not as_json) as tell:
+    with report_activity("loading torch", enabled=not as_json) as update:
         from checkpoints_tools.huggingface import to_hf as exporting
 
-        tell(f"reading {folder}")
+        update(f"reading {folder}")
         done = exporting.up_to_date(folder, step, out, routing=routing) if out.exists() else None
         report = done or exporting.export(
             folder,
@@ -94,7 +94,7 @@ def to_hf(
             routing=routing,
             shard_bytes=size,
             licence=licence,
-            on_stage=lambda stage: tell(_AFTER.get(stage, stage)),
+            on_stage=lambda stage: update(_AFTER.get(stage, stage)),
         )
     emit(report, as_json=as_json, text=lambda: _exported(report, again=done is not None))
 
@@ -139,11 +139,11 @@ def from_hf(
     safetensors the folder may hold a checkpoint of torchtitan or Megatron-LM, beside config.json and tokenizer.json.
     """
     check_export(folder)
-    from mmscale.runtime.waiting import waiting
+    from mmscale.runtime.activity import report_activity
 
-    with waiting("loading torch", enabled=not as_json) as tell:
+    with report_activity("loading torch", enabled=not as_json) as update:
         from checkpoints_tools.huggingface import from_hf as importing
 
-        tell(f"reading {folder}")
+        update(f"reading {folder}")
         result = importing.import_(folder, run, image_codes=image_codes, seq_length=seq_length)
     emit(result, as_json=as_json, text=lambda: pairs(result.items()))

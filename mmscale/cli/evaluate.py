@@ -13,7 +13,7 @@ from mmscale.cli.data_neighbours import given_neighbours
 from mmscale.cli.named_files import check_model, check_set, existing, split_step
 from mmscale.cli.output import Json, console, emit, pairs
 from mmscale.errors import UsageError
-from mmscale.runtime.waiting import waiting
+from mmscale.runtime.activity import report_activity
 from mmscale.tables import plugins
 from mmscale.tables.eval_tasks import EVAL_TASKS
 from mmscale.tables.plugins import Use
@@ -96,24 +96,24 @@ def evaluate(
                 "batch routing needs a run: an export has none", remedy="use --routing causal, or name the run"
             )
         ranks.refuse(nproc, "an export")
-        with waiting("loading torch and transformers", enabled=not as_json) as tell:
+        with report_activity("loading torch and transformers", enabled=not as_json) as update:
             from checkpoints_tools.huggingface.evaluate_export import evaluate_export
 
             shown = f"evaluating {folder}"
-            tell(shown)
+            update(shown)
             measured: dict[str, Any] = {"step": step, "data": data, "batches": batches, "routing": routing}
-            result = evaluate_export(folder, **measured, **asked, at=functools.partial(tell, shown))
+            result = evaluate_export(folder, **measured, **asked, at=functools.partial(update, shown))
     else:
         if ranks.starts_ranks(nproc):
             raise typer.Exit(ranks.start_for_a_while(nproc))
         shared = ranks.shared(nproc)
         shows = not as_json and (shared is None or shared.is_first)
-        with waiting("loading torch and megatron-core", enabled=shows) as tell:
+        with report_activity("loading torch and megatron-core", enabled=shows) as update:
             from mmscale.inference.evaluate import evaluate_run
 
             shown = f"evaluating {folder}"
-            tell(shown)
-            asked["at"] = functools.partial(tell, shown)
+            update(shown)
+            asked["at"] = functools.partial(update, shown)
             chosen = Routing(routing or "batch")
             options: dict[str, Any] = {} if shared is None else {"env": shared}
             options |= asked

@@ -40,11 +40,11 @@ def report(
         what = "folder" if blocked == out else "file"
         raise UsageError(f"--out {out}: {blocked} is a {what}", remedy="name another place, e.g. --out report.html")
     from mmscale.runs.is_run import check_runs
-    from mmscale.runtime.waiting import waiting
+    from mmscale.runtime.activity import report_activity
 
     check_runs([*runs, *([baseline] if baseline else [])])
-    with waiting(f"loading what {out} needs", enabled=not as_json) as tell:
-        written = _curves(runs, out) if out.suffix == ".png" else _page(runs, out, tell, baseline=baseline, png=png)
+    with report_activity(f"loading what {out} needs", enabled=not as_json) as update:
+        written = _curves(runs, out) if out.suffix == ".png" else _page(runs, out, update, baseline=baseline, png=png)
     emit(
         {"out": str(out), "runs": [str(run) for run in runs], "files": [str(file) for file in written]},
         as_json=as_json,
@@ -59,20 +59,22 @@ def _curves(runs: list[Path], out: Path) -> list[Path]:
     return [out]
 
 
-def _page(runs: list[Path], out: Path, tell: Callable[[str], None], *, baseline: Path | None, png: bool) -> list[Path]:
+def _page(
+    runs: list[Path], out: Path, update: Callable[[str], None], *, baseline: Path | None, png: bool
+) -> list[Path]:
     from launch.goodput import goodput
     from mmscale.report import comparison_section, page, pictures, sources_section
 
-    tell(f"reading {', '.join(map(str, runs))}")
+    update(f"reading {', '.join(map(str, runs))}")
     found = page.read_runs(runs, goodput=goodput)
     first = baseline or comparison_section.baseline_of(found)
     sections = {comparison_section.HEADING: comparison_section.comparison_section(first, found)} if first else {}
     if passes := sources_section.sources_section(found):
         sections[sources_section.HEADING] = passes
-    tell(f"writing {out}")
+    update(f"writing {out}")
     drawn = page.curves(found)
     page.write_page(found, out, drawn=drawn, sections=sections)
     if not png:
         return [out]
-    tell("drawing the figures as PNG (--no-png leaves them out)")
+    update("drawing the figures as PNG (--no-png leaves them out)")
     return [out, *pictures.write_pictures(found, out, drawn=drawn), *sources_section.write_passes(found, out)]

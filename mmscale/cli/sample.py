@@ -30,7 +30,7 @@ from mmscale.cli.sample_options import (
 )
 from mmscale.cli.sampled import Drawn, Made, recognised, show, written
 from mmscale.errors import UsageError
-from mmscale.runtime.waiting import waiting
+from mmscale.runtime.activity import report_activity
 from mmscale.tables.routings import Routing, meanings
 
 if TYPE_CHECKING:
@@ -220,13 +220,13 @@ def sample(
     shared = ranks.shared(nproc)
     shows = not as_json and (shared is None or shared.is_first)
     with contextlib.ExitStack() as stack:
-        tell = stack.enter_context(waiting("loading torch and transformers", enabled=shows))
+        update = stack.enter_context(report_activity("loading torch and transformers", enabled=shows))
         from mmscale.inference.generate import Sampling
 
-        opened = None if routing == "batch" else _open(path, step, routing, shared, stack, tell)
+        opened = None if routing == "batch" else _open(path, step, routing, shared, stack, update)
         compared, guided = None, strength.guidance
         if guided is None and opened is not None:
-            tell("comparing guidance on held-out documents")
+            update("comparing guidance on held-out documents")
             compared = _compared(path, opened, begin or "image", unconditional)
             guided = compared.best
         chosen = Sampling(
@@ -240,7 +240,7 @@ def sample(
             max_tokens=max_tokens,
             seed=seed,
         )
-        tell(f"{'filling' if holes else 'continuing'} {counted(texts)} {count * best_of} times")
+        update(f"{'filling' if holes else 'continuing'} {counted(texts)} {count * best_of} times")
         if opened is None:
             refuse_with_batch_routing(path, needs_causal)
             facts, drawn = _with_batch_routing(path, step, texts, begin, count, chosen, shared)
@@ -290,13 +290,13 @@ def _open(
     routing: str | None,
     shared: RankEnv | None,
     stack: contextlib.ExitStack,
-    tell: Callable[[str], None],
+    update: Callable[[str], None],
 ) -> Any:
     """A generator; None: no routing was requested, and the run has batch routing only."""
     from checkpoints_tools.huggingface.export_checks import NoRoutersError
     from checkpoints_tools.huggingface.generator import open_generator, open_on_ranks
 
-    tell(f"loading {path}")
+    update(f"loading {path}")
     try:
         if shared is not None:
             return stack.enter_context(open_on_ranks(path, step, routing=routing, env=shared))

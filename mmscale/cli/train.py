@@ -15,8 +15,8 @@ from mmscale.cli import ranks
 from mmscale.cli.output import Json, Overrides, emit, pairs
 from mmscale.cli.stage import FromScratch, OfStage, StageName
 from mmscale.errors import TrainingError
+from mmscale.runtime.activity import ActivityReporter
 from mmscale.runtime.rank_env import RankEnv
-from mmscale.runtime.waiting import Waiting
 
 if TYPE_CHECKING:
     from mmscale.config import Config
@@ -88,7 +88,7 @@ def train(
             _exit_if_done(entry, loaded, as_json=as_json)
     with (
         holding.claimed(main_run, entry, env) as claim,
-        Waiting("loading torch and megatron-core", enabled=env.is_first) as starting,
+        ActivityReporter("loading torch and megatron-core", enabled=env.is_first) as starting,
     ):
         from mmscale.train import run
 

@@ -58,8 +58,8 @@ class Reporter:
                 task = progress.add_task(what, total=total)
                 yield lambda done: progress.update(task, completed=done)
         else:
-            with _lines(self.say, what, f"0 of {total}") as tell:
-                yield lambda done: tell(f"{done} of {total}")
+            with _lines(self.say, what, f"0 of {total}") as update:
+                yield lambda done: update(f"{done} of {total}")
 
     @contextlib.contextmanager
     def part(self, what: str) -> Iterator[Detail]:
@@ -72,8 +72,8 @@ class Reporter:
                 task = progress.add_task(what, total=None)
                 yield lambda detail: progress.update(task, description=escape(f"{what}: {detail}"))
         else:
-            with _lines(self.say, what) as tell:
-                yield tell
+            with _lines(self.say, what) as update:
+                yield update
 
 
 @contextlib.contextmanager
@@ -81,7 +81,7 @@ def _lines(say: Callable[[str], None], what: str, detail: str = "") -> Iterator[
     """Write a line every few seconds from a thread, since a part may spend minutes in one call of a library."""
     began, ended, latest = time.monotonic(), threading.Event(), detail
 
-    def tell(detail: str) -> None:
+    def update(detail: str) -> None:
         nonlocal latest
         latest = detail
 
@@ -96,7 +96,7 @@ def _lines(say: Callable[[str], None], what: str, detail: str = "") -> Iterator[
     thread = threading.Thread(target=write, name="progress", daemon=True)
     thread.start()
     try:
-        yield tell
+        yield update
     finally:
         ended.set()
         thread.join()

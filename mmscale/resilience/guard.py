@@ -84,7 +84,7 @@ class Guard:
         self._incoming: _Incoming | None = None
         self._changed = threading.Condition()
         self._outgoing: dict[int, socket.socket] = {}
-        self._telling = threading.Lock()
+        self._sending = threading.Lock()
         self._lines = b""
 
     def serve(self) -> None:
@@ -98,7 +98,7 @@ class Guard:
         self.token = bytes.fromhex(setup["token"])
         try:
             with wire.listen(setup["address"]) as peers, self._successors() as successors:
-                self._tell({"port": peers.getsockname()[1]})
+                self._send({"port": peers.getsockname()[1]})
                 self._loop(peers, successors)
         finally:
             snapshot_files.remove_folder(self.folder)
@@ -121,8 +121,8 @@ class Guard:
         self._lines += received
         return bool(received)
 
-    def _tell(self, message: dict[str, Any]) -> None:
-        with self._telling, contextlib.suppress(OSError):  # a trainer that is gone needs no answer
+    def _send(self, message: dict[str, Any]) -> None:
+        with self._sending, contextlib.suppress(OSError):  # a trainer that is gone needs no answer
             self.control.sendall(json.dumps(message).encode() + b"\n")
 
     def _loop(self, peers: socket.socket, successors: socket.socket) -> None:
@@ -193,10 +193,10 @@ class Guard:
         group = self.group
         assert group is not None
         try:
-            self._tell({"committed": serial, **self._work(group, serial=serial, slot=slot, step=step, length=length)})
+            self._send({"committed": serial, **self._work(group, serial=serial, slot=slot, step=step, length=length)})
         except (OSError, UnusableError, wire.RefusedError) as error:
             self._disconnect()
-            self._tell({"failed": serial, "reason": f"{type(error).__name__}: {error}"})
+            self._send({"failed": serial, "reason": f"{type(error).__name__}: {error}"})
 
     def _work(self, group: _Group, *, serial: int, slot: int, step: int, length: int) -> dict[str, float]:
         began = time.monotonic()

@@ -125,7 +125,7 @@ class MemoryTier:
     def _gather(self, value: Any) -> list[Any]:
         return gathered(value, group=self.group)
 
-    def _tell(self, event: str, **fields: Any) -> None:
+    def _emit(self, event: str, **fields: Any) -> None:
         if self.env.rank == 0:
             self.on_event(event, **fields)
 
@@ -167,7 +167,7 @@ class MemoryTier:
                 self._refuse(generation, refusals)
                 continue
             self._recovery = recovery
-            self._tell(
+            self._emit(
                 "memory_restored",
                 step=found.step,
                 of_attempt=generation.attempt,
@@ -180,7 +180,7 @@ class MemoryTier:
         return None
 
     def _refuse(self, generation: Generation, reasons: list[str]) -> None:
-        self._tell("memory_refused", reasons=reasons[:_MOST_REASONS], of_attempt=generation.attempt)
+        self._emit("memory_refused", reasons=reasons[:_MOST_REASONS], of_attempt=generation.attempt)
 
     def discard(self) -> None:
         """End the guards of former attempts and free their memory, also if no guard is left."""
@@ -245,7 +245,7 @@ class MemoryTier:
         found = [f"rank {rank}: {problem}" for rank, problem in enumerate(problems) if problem]
         if not found:
             return False
-        self._tell("memory_off", reasons=found[:_MOST_REASONS])
+        self._emit("memory_off", reasons=found[:_MOST_REASONS])
         self.close()
         self.every = 0
         return True

@@ -158,7 +158,7 @@ class DiskWriter:
             f"warning: {self.place} cannot be written: {reason}. Training continues; records are kept in memory and "
             "written when the disk takes them"
         )
-        self._tell(REFUSED, place=self.place, reason=reason)
+        self._emit(REFUSED, place=self.place, reason=reason)
 
     def _end_outage(self) -> None:
         outage, self._outage = self._outage, None
@@ -167,9 +167,9 @@ class DiskWriter:
         seconds = time.monotonic() - outage.began
         lost = f", {outage.lost} are lost" if outage.lost else ""
         self._announce(f"{self.place} can be written again after {seconds:.0f} s: {outage.kept} records kept{lost}")
-        self._tell(GOOD, place=self.place, seconds=round(seconds, 1), kept=outage.kept, lost=outage.lost)
+        self._emit(GOOD, place=self.place, seconds=round(seconds, 1), kept=outage.kept, lost=outage.lost)
 
-    def _tell(self, event: str, **fields: Any) -> None:
+    def _emit(self, event: str, **fields: Any) -> None:
         if self.on_change is not None:
             try:
                 self.on_change(event, **fields)

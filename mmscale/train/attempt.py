@@ -26,8 +26,8 @@ from mmscale.resilience.watchdog import Watchdog
 from mmscale.runs.attempts import next_attempt
 from mmscale.runs.events import BEGINS, EARLY
 from mmscale.runtime import device
+from mmscale.runtime.activity import ActivityReporter
 from mmscale.runtime.groups import from_first
-from mmscale.runtime.waiting import Waiting
 from mmscale.train import holding, saves
 from mmscale.train.assembly import dry_run, loader_of
 from mmscale.train.boundary import StepBoundary
@@ -39,7 +39,7 @@ from mmscale.train.hooks import PlaceHook, common_hooks
 from mmscale.train.log.exposure import planned_sources
 from mmscale.train.log.profile_window import ProfileWindow
 from mmscale.train.log.progress_lines import Progress
-from mmscale.train.log.records import Records, open_records
+from mmscale.train.log.run_logs import RunLogs, open_run_logs
 from mmscale.train.log.stragglers import RankTimes
 from mmscale.train.loop import Hook, Trainer
 from mmscale.train.mirroring import mirroring
@@ -74,7 +74,7 @@ class Attempt:
         stop: StopRequest,
         fence: Fence,
         stack: contextlib.ExitStack,
-        starting: Waiting,
+        starting: ActivityReporter,
     ) -> None:
         self.entry, self.given, self.stop, self.stack, self.starting = entry, given, stop, stack, starting
         self.config, self.env, self.folder = given.settings, given.env, given.folder
@@ -87,8 +87,8 @@ class Attempt:
         self.stage = build(given)
         self.state, self.stepper = self.stage.state, self.stage.stepper
         self.begins_at = self.state.sequences
-        self.records: Records = stack.enter_context(
-            open_records(
+        self.logs: RunLogs = stack.enter_context(
+            open_run_logs(
                 self.folder,
                 attempt=self.number,
                 rank=env.rank,
@@ -99,13 +99,13 @@ class Attempt:
             )
         )
         self.progress: Progress = stack.enter_context(
-            Progress(config.train.steps, enabled=first, copy=self.records.transcript.say, starting=starting)
+            Progress(config.train.steps, enabled=first, copy=self.logs.transcript.say, starting=starting)
         )
         blend = read_blend(config)
         self.evaluated_on = from_first(EvaluatedOn.of(config, blend, tasks) if first else None)
         self.data = from_first(identities(config, blend) if first else None)
-        say, tell = self.progress.say, self.records.tell
-        self.mirror = stack.enter_context(mirroring(given, stop=stop, tell=tell, say=say))
+        say, add_event = self.progress.say, self.logs.add_event
+        self.mirror = stack.enter_context(mirroring(given, stop=stop, on_event=add_event, say=say))
         self.checkpoints: CheckpointManager = saves.manager_of(
             given,
             attempt=self.number,
@@ -114,7 +114,7 @@ class Attempt:
             evaluated_on=self.evaluated_on,
             origin=self.stage.origin(),
             begins_at=self.begins_at,
-            records=self.records,
+            logs=self.logs,
             progress=self.progress,
             faults=self.faults,
             fence=self.fence,
@@ -122,7 +122,7 @@ class Attempt:
         )
         stack.callback(self.checkpoints.saver.close)
         self.memory: MemoryTier | None = stack.enter_context(
-            memory_of(config, env, run=self.folder, attempt=self.number, tell=tell, warn=say)
+            memory_of(config, env, run=self.folder, attempt=self.number, on_event=add_event, warn=say)
         )
         self.watchdog = Watchdog(
             rank=env.rank,
@@ -135,10 +135,10 @@ class Attempt:
             world_size=env.world_size,
             peak_tflops=peak_tflops(device.device_name(), config.precision.dtype),
         )
-        seen = HookRun(config, entry.name, self.folder, env.rank, env.world_size, self.stepper.modules, say, tell)
+        seen = HookRun(config, entry.name, self.folder, env.rank, env.world_size, self.stepper.modules, say, add_event)
         self.plugins = PluginHooks(config, seen)
         self.saves = AnnouncedSaves(self.checkpoints, self.plugins)
-        self.watch = Watch(config, self.state, saver=self.checkpoints.saver, tell=tell, say=say)
+        self.watch = Watch(config, self.state, saver=self.checkpoints.saver, on_event=add_event, say=say)
         self.boundary = StepBoundary(
             config,
             state=self.state,
@@ -147,7 +147,7 @@ class Attempt:
             clock=self.clock,
             fence=fence,
             watchdog=self.watchdog,
-            records=self.records,
+            logs=self.logs,
             is_over=self.watch.is_over,
         )
         measure = HeldOutEvaluation(
@@ -163,13 +163,13 @@ class Attempt:
             on_evaluation=self.plugins.on_evaluation,
         )
         evaluate, parts = measure if held_out or tasks else None, measure.extents()
-        self.tools = Tools(self.clock, self.progress, self.records, evaluate, self._beat, parts, self.watch.record)
+        self.tools = Tools(self.clock, self.progress, self.logs, evaluate, self._beat, parts, self.watch.record)
 
     def run(self, *, yes: bool) -> int:
         """Resume or start, train to the end or to a stop request; returns the exit status."""
         config, state, stage = self.config, self.state, self.stage
         memory = self.memory if config.checkpoint.resume else None
-        self.starting.tell("looking for a checkpoint and loading it")
+        self.starting.update("looking for a checkpoint and loading it")
         changed = saves.resume(
             self.given.config,
             self.checkpoints,
@@ -182,17 +182,17 @@ class Attempt:
             yes=yes,
         )
         if self.faults.text:
-            self.records.tell("faults_requested", faults=self.faults.text)
+            self.logs.add_event("faults_requested", faults=self.faults.text)
         self.watch.resume(changed or [])
         if self.watch.is_over():
             return self._done()
         self._announce(changed or [])
         if said := holding.stop_hint(self.fence.lease_id, self.folder):
             self.progress.say(said)
-        self.records.begin(self.given.config, self.folder, attempt=self.number)
+        self.logs.begin(self.given.config, self.folder, attempt=self.number)
         self._seek()
         told = {} if changed is None else {"changed": changed[:MOST_CHANGES]}
-        self.records.tell(
+        self.logs.add_event(
             BEGINS[changed is not None],
             since=round(self.starting.began, 3),
             step=state.step,
@@ -204,7 +204,7 @@ class Attempt:
         if config.train.dry_run:
             dry_run(config, self.stepper, self.groups, self.train_data)
         self.mirror.request_upload()
-        self.starting.tell("taking the first step")
+        self.starting.update("taking the first step")
         trainer = self._trainer()
         if self.memory is not None:
             self.memory.start()
@@ -247,7 +247,7 @@ class Attempt:
         early = self.watch.early_end() if finished else {}
         event = "stop" if not finished else EARLY if early else "finish"
         pauses = self.clock.pauses()
-        self.records.tell(event, step=self.state.step, signal=self.stop.agreed_name, **pauses, **early)
+        self.logs.add_event(event, step=self.state.step, signal=self.stop.agreed_name, **pauses, **early)
 
     def _catch_up(self, measure: Callable[[Tools], None]) -> None:
         """Run evaluations that the previous attempt missed; save again if the state is now the best or the last one."""
@@ -333,7 +333,7 @@ class Attempt:
             stepper=self.stepper,
             load_newest=self._load_newest,
             seek=lambda sequences: loader.load_state_dict({"consumed_sequences": sequences}),
-            tell=self._anomaly,
+            on_event=self._anomaly,
             warn=self.progress.say,
             optim=self.entry.optim,
         )
@@ -368,15 +368,15 @@ class Attempt:
             groups=self.groups,
             clock=self.clock,
             progress=self.progress,
-            records=self.records,
+            logs=self.logs,
             plugins=self.plugins,
             figures=lambda: self.checkpoints.saver.figures() | times.figures() | self.plugins.figures(),
         )
         last: list[Hook] = [PlaceHook(self.faults.at)]
         if self.memory is not None:
             last.append(MemoryHook(self.memory, clock=self.clock))
-        tell = self.records.tell
-        check = self.stack.enter_context(DataCheck(self.config, self.env, tell=tell, warn=self.progress.say))
+        add_event = self.logs.add_event
+        check = self.stack.enter_context(DataCheck(self.config, self.env, on_event=add_event, warn=self.progress.say))
         window = ProfileWindow(
             self.config,
             folder=self.folder,
@@ -384,7 +384,7 @@ class Attempt:
             rank=self.env.rank,
             next_step=self.state.step + 1,
             clock=self.clock,
-            tell=tell,
+            on_event=add_event,
             beat=self._beat,
         )
         self.stack.enter_context(window)
@@ -395,6 +395,6 @@ class Attempt:
         self.watchdog.beat(self.state.step)
 
     def _anomaly(self, event: str, **fields: Any) -> None:
-        self.records.tell(event, **fields)
-        if self.records.metrics is not None and event == "rollback":
-            self.records.metrics.rolled_back(fields["number"])
+        self.logs.add_event(event, **fields)
+        if self.logs.metrics is not None and event == "rollback":
+            self.logs.metrics.rolled_back(fields["number"])

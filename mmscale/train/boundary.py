@@ -12,7 +12,7 @@ from mmscale.resilience.signals import StopRequest
 from mmscale.resilience.watchdog import Watchdog
 from mmscale.runtime.groups import from_first
 from mmscale.train import saves
-from mmscale.train.log.records import Records
+from mmscale.train.log.run_logs import RunLogs
 from mmscale.train.stage_state import StageState
 from mmscale.train.throughput import Throughput
 
@@ -28,7 +28,7 @@ class StepBoundary:
         clock: measures the pause for saving.
         fence: whether this attempt may still write.
         watchdog: receives the time limit of the coming wait.
-        records: the run's files and their folder.
+        logs: the run's files and their folder.
         is_over: whether nothing is left to train.
 
     Attributes:
@@ -45,7 +45,7 @@ class StepBoundary:
         clock: Throughput,
         fence: Fence,
         watchdog: Watchdog,
-        records: Records,
+        logs: RunLogs,
         is_over: Callable[[], bool],
     ) -> None:
         self.checkpoint = config.checkpoint
@@ -55,7 +55,7 @@ class StepBoundary:
         self.clock = clock
         self.fence = fence
         self.watchdog = watchdog
-        self.records = records
+        self.logs = logs
         self.is_over = is_over
         self.moved_to: Path | None = None
 
@@ -66,7 +66,7 @@ class StepBoundary:
         waits = self.is_over() or completes or self.checkpoints.saver.waits_before(step)
         # Ranks agree on a stop request below, and then also wait for the save that follows it.
         self.watchdog.beat(step, allowed_s=self.checkpoint.deadline if waits else 0.0)
-        folder = self.records.folder
+        folder = self.logs.folder
         at = None if folder is None else folder.moved()
         stopping, moved = saves.poll_stop_and_save(
             self.stop, self.checkpoints, self.clock, self.fence, moved=at is not None
@@ -81,6 +81,6 @@ class StepBoundary:
     def _follow(self, at: Path | None) -> None:
         """Save in the renamed folder; `at` is its present path as found by rank 0."""
         self.moved_to = from_first(at)
-        self.records.tell("run_moved", step=self.state.step, to=str(self.moved_to))
+        self.logs.add_event("run_moved", step=self.state.step, to=str(self.moved_to))
         self.checkpoints.move(self.moved_to)
         self.checkpoints.saver.shorten_deadline(0.0)  # finish the save that uses the old path

@@ -121,12 +121,14 @@ class DataCheck:
     Args:
         config: the data, `data.verify`, and which steps are logged.
         env: place of this rank; the first rank of each node reads.
-        tell: writes an event.
+        on_event: writes an event.
         warn: prints a line.
     """
 
-    def __init__(self, config: Config, env: RankEnv, *, tell: Callable[..., None], warn: Callable[[str], None]) -> None:
-        self._config, self._tell, self._warn = config, tell, warn
+    def __init__(
+        self, config: Config, env: RankEnv, *, on_event: Callable[..., None], warn: Callable[[str], None]
+    ) -> None:
+        self._config, self._on_event, self._warn = config, on_event, warn
         self._open = config.data.verify != "off"
         readers = [rank for rank, reads in enumerate(gathered(env.local_rank == 0)) if reads] if self._open else []
         folders = [source.path for source in config.data.sources] + [*config.data.validation.values()]
@@ -163,7 +165,7 @@ class DataCheck:
         everywhere: list[Found] = gathered(mine)
         damaged = [line for found in everywhere for line in found.damaged]
         if damaged:
-            self._tell("data_damaged", step=report.step, problems=damaged[:_NAMED])
+            self._on_event("data_damaged", step=report.step, problems=damaged[:_NAMED])
             more = f", and {len(damaged) - 1} more" if len(damaged) > 1 else ""
             raise DamagedDataError(
                 f"data: {damaged[0]}{more}",
@@ -177,8 +179,8 @@ class DataCheck:
         files = sum(found.files for found in everywhere)
         unread = [found.unread for found in everywhere if found.unread]
         for reason in unread:
-            self._tell("data_unread", step=step, reason=reason)
+            self._on_event("data_unread", step=step, reason=reason)
             self._warn(f"the data could not be checked: {reason}")
         if files and not unread:
             size, seconds = sum(found.bytes for found in everywhere), max(found.seconds for found in everywhere)
-            self._tell("data_verified", step=step, files=files, bytes=size, seconds=round(seconds, 3))
+            self._on_event("data_verified", step=step, files=files, bytes=size, seconds=round(seconds, 3))

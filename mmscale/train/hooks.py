@@ -19,7 +19,7 @@ from mmscale.runtime.groups import from_first, gathered
 from mmscale.tables.routings import Routing, measured_routings
 from mmscale.train.log.metrics_log import MetricsLog
 from mmscale.train.log.progress_lines import Progress
-from mmscale.train.log.records import Records
+from mmscale.train.log.run_logs import RunLogs
 from mmscale.train.loop import Hook
 from mmscale.train.stage_state import StageState
 from mmscale.train.steps.evaluation import CutShortError
@@ -122,7 +122,7 @@ class ReplicaHook:
         stepper: holds the parameters.
         groups: which ranks hold replicas.
         clock: measures the comparison as a pause, not as a part of the step time.
-        tell: writes events.
+        on_event: writes events.
     """
 
     def __init__(
@@ -132,13 +132,13 @@ class ReplicaHook:
         stepper: Steps,
         groups: ProcessGroupCollection,
         clock: Throughput,
-        tell: Callable[..., None],
+        on_event: Callable[..., None],
     ) -> None:
         self.every = config.resilience.parameter_hash_every
         self.stepper = stepper
         self.groups = groups
         self.clock = clock
-        self.tell = tell
+        self.on_event = on_event
 
     def on_step(self, state: StageState, report: StepReport) -> None:
         """Compare on due steps.
@@ -151,7 +151,7 @@ class ReplicaHook:
         with self.clock.measure("parameter_hash_s"), self.stepper.materialized():
             found = find_diverged(self.stepper.modules, self.groups)
         for rank in found:
-            self.tell(
+            self.on_event(
                 "diverged_rank",
                 step=report.step,
                 rank=rank.rank,
@@ -186,7 +186,7 @@ class EvalHook:
         clock: measures the evaluation as a pause, not as a part of the step time.
         progress: the terminal.
         metrics: metrics.jsonl; None on ranks other than 0.
-        tell: writes events, on rank 0.
+        on_event: writes events, on rank 0.
         on_values: called with the step and all values by their keys, which are the same on every rank.
         extents: which part of a set is read, by the set's name; contains only sets that are not read completely.
     """
@@ -199,7 +199,7 @@ class EvalHook:
         clock: Throughput,
         progress: Progress,
         metrics: MetricsLog | None,
-        tell: Callable[..., None],
+        on_event: Callable[..., None],
         on_values: Callable[[int, Mapping[str, float]], None],
         extents: Mapping[str, str],
     ) -> None:
@@ -210,7 +210,7 @@ class EvalHook:
         self.clock = clock
         self.progress = progress
         self.metrics = metrics
-        self.tell = tell
+        self.on_event = on_event
 
     def due(self, step: int) -> bool:
         """Whether held-out data are evaluated after a step."""
@@ -224,7 +224,7 @@ class EvalHook:
         try:
             self.measure(report.step)
         except CutShortError:
-            self.tell(CUT_SHORT, step=report.step)
+            self.on_event(CUT_SHORT, step=report.step)
             self.progress.say(f"step {report.step}: asked to stop; the evaluation follows when the run continues")
 
     def measure(self, step: int) -> None:
@@ -272,12 +272,12 @@ class StillHook:
     """Warns once if the model does not learn: the gradient was 0 for many steps in a row.
 
     Args:
-        tell: writes events, on rank 0.
+        on_event: writes events, on rank 0.
         warn: prints warnings for the user, on rank 0.
     """
 
-    def __init__(self, *, tell: Callable[..., None], warn: Callable[[str], None]) -> None:
-        self.tell = tell
+    def __init__(self, *, on_event: Callable[..., None], warn: Callable[[str], None]) -> None:
+        self.on_event = on_event
         self.warn = warn
         self.steps = 0
 
@@ -285,7 +285,7 @@ class StillHook:
         """Checks the gradient norm, which is on the host already."""
         self.steps = self.steps + 1 if report.result.grad_norm == 0.0 else 0
         if self.steps == STILL_AFTER:
-            self.tell("no_gradient", step=report.step, steps=self.steps)
+            self.on_event("no_gradient", step=report.step, steps=self.steps)
             self.warn(
                 f"warning: nothing is learned: the gradient was 0 in each of the last {self.steps} steps, up to step "
                 f"{report.step}; look at the loss masks of the data, train.modality_weights and model.dropout"
@@ -314,7 +314,7 @@ def common_hooks(
     groups: ProcessGroupCollection,
     clock: Throughput,
     progress: Progress,
-    records: Records,
+    logs: RunLogs,
     plugins: Hook,
     figures: Callable[[], dict[str, float]],
 ) -> list[Hook]:
@@ -326,13 +326,13 @@ def common_hooks(
         groups: process groups.
         clock: measures steps and pauses.
         progress: the terminal.
-        records: the run's files.
+        logs: the run's files.
         plugins: plug-in hooks, which run before the step is logged.
         figures: returns metrics of saves and rank times, for logged steps.
     """
     return [
-        ReplicaHook(config, stepper=stepper, groups=groups, clock=clock, tell=records.tell),
+        ReplicaHook(config, stepper=stepper, groups=groups, clock=clock, on_event=logs.add_event),
         plugins,
-        LogHook(config, clock=clock, progress=progress, metrics=records.metrics, figures=stepper.figures, more=figures),
-        StillHook(tell=records.tell, warn=progress.say),
+        LogHook(config, clock=clock, progress=progress, metrics=logs.metrics, figures=stepper.figures, more=figures),
+        StillHook(on_event=logs.add_event, warn=progress.say),
     ]

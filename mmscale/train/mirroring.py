@@ -23,19 +23,19 @@ class Mirroring:
     Args:
         given: the stage.
         stop: stop requests.
-        tell: writes events, on rank 0.
+        on_event: writes events, on rank 0.
         say: prints warnings.
     """
 
     def __init__(
-        self, given: Given, *, stop: StopRequest, tell: Callable[..., None], say: Callable[[str], None]
+        self, given: Given, *, stop: StopRequest, on_event: Callable[..., None], say: Callable[[str], None]
     ) -> None:
         self.stop = stop
         self.wait_s = given.settings.checkpoint.mirror_wait
         settings = MirrorSettings.of_stage(given.settings, run=given.run, folder=given.folder)
         self.is_on = settings is not None
         first = given.env.is_first
-        self.process = None if settings is None or not first else UploadProcess(settings, tell=tell, warn=say)
+        self.process = None if settings is None or not first else UploadProcess(settings, on_event=on_event, warn=say)
 
     def request_upload(self) -> None:
         """Check for checkpoints to upload: one was committed, or the mirror may lack one."""
@@ -74,10 +74,10 @@ class Mirroring:
 
 @contextlib.contextmanager
 def mirroring(
-    given: Given, *, stop: StopRequest, tell: Callable[..., None], say: Callable[[str], None]
+    given: Given, *, stop: StopRequest, on_event: Callable[..., None], say: Callable[[str], None]
 ) -> Iterator[Mirroring]:
     """The mirror of an attempt; its process ends with the context."""
-    made = Mirroring(given, stop=stop, tell=tell, say=say)
+    made = Mirroring(given, stop=stop, on_event=on_event, say=say)
     try:
         yield made
     finally:

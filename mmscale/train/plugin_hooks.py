@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,7 @@ class HookRun:
         world_size: number of ranks.
         modules: this rank's part of the model.
         say: prints a line on the terminal; does nothing on ranks other than 0.
-        tell: `tell("event", field=value)` adds an event to events.jsonl; does nothing on ranks other than 0.
+        add_event: `add_event("name", field=value)` adds an event to events.jsonl; does nothing on ranks other than 0.
     """
 
     config: Config
@@ -46,7 +47,13 @@ class HookRun:
     world_size: int
     modules: Sequence[nn.Module]
     say: Callable[[str], None]
-    tell: Callable[..., None]
+    add_event: Callable[..., None]
+
+    @property
+    def tell(self) -> Callable[..., None]:
+        """The former name of `add_event`."""
+        warnings.warn("HookRun.tell is deprecated; use HookRun.add_event", DeprecationWarning, stacklevel=2)
+        return self.add_event
 
 
 class TrainingHook:

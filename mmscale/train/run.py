@@ -16,9 +16,9 @@ from mmscale.data.stream.passes import open_passes
 from mmscale.data.vocab import Vocabulary
 from mmscale.resilience.signals import StopRequest
 from mmscale.runtime import groups as process_groups
+from mmscale.runtime.activity import ActivityReporter
 from mmscale.runtime.groups import from_first
 from mmscale.runtime.rank_env import RankEnv, grace_of
-from mmscale.runtime.waiting import Waiting
 from mmscale.train import holding
 from mmscale.train.assembly import resolve_share, start
 from mmscale.train.attempt import Attempt
@@ -39,7 +39,7 @@ def main(
     stage: str = MAIN,
     yes: bool = False,
     grace_s: float | None = None,
-    starting: Waiting | None = None,
+    starting: ActivityReporter | None = None,
     claim: Claim | None = None,
 ) -> int:
     """Run one attempt on this rank.
@@ -59,19 +59,19 @@ def main(
     Raises:
         MmscaleError: an error that the user can fix; the same on every rank if possible.
     """
-    starting = starting or Waiting("", enabled=False)
+    starting = starting or ActivityReporter("", enabled=False)
     entry = STAGES[stage]
     entry.preflight(config, world_size=env.world_size, yes=yes)
     config = resolve_share(entry.inherit(config))
     settings = entry.settings(config)
     vocabulary = Vocabulary.from_config(settings.vocab)
-    starting.tell("opening the data")
+    starting.update("opening the data")
     train_data = open_mixture(settings, "train", vocabulary=vocabulary)
     held_out, asked = open_passes(settings, vocabulary=vocabulary), task_items(settings)
-    starting.tell("starting 1 rank" if env.world_size == 1 else f"waiting for all {env.world_size} ranks")
+    starting.update("starting 1 rank" if env.world_size == 1 else f"waiting for all {env.world_size} ranks")
     groups = start(settings, env)
     tasks = from_first(asked)  # the same on every rank, even if a node still sees an older version of the file
-    starting.tell("building the model")
+    starting.update("building the model")
     run = Path(config.run.dir) / config.run.name
     given = Given(entry.recorded(config), settings, run, entry.folder(run), env, groups)
     try:

@@ -30,7 +30,7 @@ from mmscale.runtime.environment import code_version
 from mmscale.runtime.groups import from_first
 from mmscale.train.evaluated_on import EvaluatedOn
 from mmscale.train.log.progress_lines import Progress
-from mmscale.train.log.records import Records
+from mmscale.train.log.run_logs import RunLogs
 from mmscale.train.preflight import check_changes
 from mmscale.train.stage_state import StageState
 from mmscale.train.stages.built import Given
@@ -47,7 +47,7 @@ def manager_of(
     evaluated_on: EvaluatedOn,
     origin: dict[str, Any],
     begins_at: int,
-    records: Records,
+    logs: RunLogs,
     progress: Progress,
     faults: Faults,
     fence: Fence,
@@ -63,7 +63,7 @@ def manager_of(
         evaluated_on: validation sets and tasks; their names and hashes are stored likewise.
         origin: further metadata of the stage's checkpoints.
         begins_at: sequences consumed before the stage's first step.
-        records: receives events.
+        logs: receives events.
         progress: the terminal.
         faults: called at every point of a save.
         fence: called at every stage of a commit.
@@ -71,8 +71,8 @@ def manager_of(
     """
     settings = given.settings
 
-    def tell(event: str, **fields: Any) -> None:
-        records.tell(event, **fields)
+    def on_event(event: str, **fields: Any) -> None:
+        logs.add_event(event, **fields)
         if event == "save_committed":
             committed()
         if event == "checkpoint_bad":
@@ -104,7 +104,7 @@ def manager_of(
             **evaluated_on.kept,
             **origin,
         },
-        on_event=tell,
+        on_event=on_event,
         saves=SaveSettings(
             asynchronous=settings.checkpoint.asynchronous,
             deadline_s=settings.checkpoint.deadline,

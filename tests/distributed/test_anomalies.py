@@ -111,7 +111,7 @@ class Life:
         self.losses[report.step] = report.result.losses["loss"]
         self.norms[report.step] = report.result.grad_norm
 
-    def tell(self, event: str, **fields: Any) -> None:
+    def on_event(self, event: str, **fields: Any) -> None:
         self.events.append((event, fields))
 
     def names(self) -> list[str]:
@@ -161,7 +161,7 @@ def live(
         stepper=parts.stepper,
         load_newest=load_newest,
         seek=seek,
-        tell=life.tell,
+        on_event=life.on_event,
         warn=life.warnings.append,
     )
     trainer = Trainer(

@@ -116,7 +116,7 @@ def test_the_hook_ends_the_attempt_at_its_step(ranks: RankEnv) -> None:
         stepper=parts.stepper,
         groups=parts.groups,
         clock=Throughput(),
-        tell=lambda event, **fields: told.append((event, fields)),
+        on_event=lambda event, **fields: told.append((event, fields)),
     )
     flip_a_bit(parts, "final_layernorm.weight", rank=1)
 

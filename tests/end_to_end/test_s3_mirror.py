@@ -90,7 +90,7 @@ class Told:
 
 def process(store: Store, told: Told, **others: Any) -> UploadProcess:
     settings = MirrorSettings(URL, store.root, Retention(2), **others)
-    return UploadProcess(settings, tell=told, warn=lambda text: None)
+    return UploadProcess(settings, on_event=told, warn=lambda text: None)
 
 
 def there() -> list[int]:
@@ -150,7 +150,7 @@ def test_a_bucket_that_is_not_there_is_not_made(bucket: Any, tmp_path: Path) -> 
     store, told = Store.of_run(tmp_path / "one"), Told()
     commit(store, 100)
     one = UploadProcess(
-        MirrorSettings("s3://other/runs/one", store.root, Retention(2)), tell=told, warn=lambda text: None
+        MirrorSettings("s3://other/runs/one", store.root, Retention(2)), on_event=told, warn=lambda text: None
     )
     one.request_upload()
     until = time.monotonic() + 900

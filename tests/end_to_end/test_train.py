@@ -20,7 +20,7 @@ from PIL import Image
 from mmscale.report.layers import layers_of
 from mmscale.runs.events import read_events
 from mmscale.runs.metrics import read_metrics
-from mmscale.runtime import waiting
+from mmscale.runtime import activity
 from tests.end_to_end import running
 from tests.end_to_end.conftest import STEPS
 from tests.end_to_end.running import Ended, assert_says, mmscale, start, undocumented, warnings_in
@@ -291,8 +291,8 @@ def test_logs_print_what_rank_0_printed_in_each_attempt(interrupted: Interrupted
 def test_lines_about_the_start_end_with_the_first_logged_step(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(waiting, "FIRST_LINE", 0.01)
-    monkeypatch.setattr(waiting, "LINE_EVERY", 0.01)
+    monkeypatch.setattr(activity, "FIRST_LINE", 0.01)
+    monkeypatch.setattr(activity, "LINE_EVERY", 0.01)
     monkeypatch.setattr(running, "spoken", lambda text: text)  # which leaves these lines out
     ended = mmscale("train", config, f"run.dir={tmp_path}", "train.steps=6", "log.every=1", nproc=2)
     assert ended.status == 0, ended

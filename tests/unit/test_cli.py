@@ -30,8 +30,8 @@ from mmscale.errors import (
     UsageError,
 )
 from mmscale.resilience.lease import owner
+from mmscale.runtime.activity import ActivityReporter
 from mmscale.runtime.rank_env import RankEnv
-from mmscale.runtime.waiting import Waiting
 from mmscale.train.holding import Claim
 from mmscale.train.stages.table import STAGES, Stage
 from tests.support import spoken
@@ -357,7 +357,14 @@ def test_train_ends_with_the_status_of_the_run(
     graces: list[float | None] = []
 
     def main(
-        _config: object, env: RankEnv, *, stage: str, yes: bool, grace_s: float | None, starting: Waiting, claim: Claim
+        _config: object,
+        env: RankEnv,
+        *,
+        stage: str,
+        yes: bool,
+        grace_s: float | None,
+        starting: ActivityReporter,
+        claim: Claim,
     ) -> int:
         places.append(env)
         graces.append(grace_s)

@@ -216,3 +216,13 @@ def test_a_hook_that_raises_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
     hooks.on_start(0)
     with pytest.raises(TrainingError, match="raising:Raises failed in on_save, step 4: ZeroDivisionError"):
         hooks.on_save(4)
+
+
+def test_a_hook_can_add_events_by_the_former_name() -> None:
+    from mmscale.train.plugin_hooks import HookRun
+
+    added: list[tuple[str, int]] = []
+    run = HookRun(SMALL, "main", Path(), 0, 1, (), print, lambda name, step: added.append((name, step)))  # type: ignore[arg-type]
+    with pytest.warns(DeprecationWarning, match=r"use HookRun\.add_event"):
+        run.tell("loss_spike", step=3)
+    assert added == [("loss_spike", 3)]

@@ -51,7 +51,7 @@ assert weight.grad is None and weight[0] < 1
 # A line would come after a second; here it comes at once. The commands end with an error.
 COMMANDS = """
 import sys
-from mmscale.runtime import waiting
+from mmscale.runtime import activity
 waiting.FIRST_LINE = 0.01
 from mmscale.cli import main
 for line in sys.argv[1].split(";"):

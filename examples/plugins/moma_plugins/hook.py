@@ -24,7 +24,7 @@ class Spikes(TrainingHook):
         loss = report.result.losses["loss"]
         if self.average is not None and loss > self.factor * self.average:
             self.count += 1
-            self.run.tell("loss_spike", step=report.step, loss=loss, average=self.average)
+            self.run.add_event("loss_spike", step=report.step, loss=loss, average=self.average)
         self.average = loss if self.average is None else self.decay * self.average + (1.0 - self.decay) * loss
 
     def on_end(self, step: int, *, finished: bool) -> None:

@@ -34,13 +34,13 @@ class UploadProcess:
 
     Args:
         settings: what and how.
-        tell: writes events of the run.
+        on_event: writes events of the run.
         warn: prints a warning for the user; called at the first of several failures in a row.
     """
 
-    def __init__(self, settings: MirrorSettings, *, tell: Callable[..., None], warn: Callable[[str], None]) -> None:
+    def __init__(self, settings: MirrorSettings, *, on_event: Callable[..., None], warn: Callable[[str], None]) -> None:
         self.settings = settings
-        self.tell = tell
+        self.on_event = on_event
         self.warn = warn
         self._process: subprocess.Popen[bytes] | None = None
         self._received = b""
@@ -140,7 +140,7 @@ class UploadProcess:
         if name == IDLE:
             self._answered, self._failing = int(event["after"]), False
             return
-        self.tell(name, **event)
+        self.on_event(name, **event)
         if name in (FAILED, REFUSED) and not self._failing:
             self.warn(f"warning: the mirror {self.settings.url} is behind: {event.get('reason')}")
         self._failing = name == FAILED

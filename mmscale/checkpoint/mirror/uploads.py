@@ -60,11 +60,11 @@ class Uploader:
     refused: dict[str, str] = field(default_factory=dict)
     on_stage: Callable[[str], None] = lambda stage: None
 
-    def bring_up_to_date(self, tell: Callable[[Uploaded], None]) -> None:
+    def bring_up_to_date(self, on_upload: Callable[[Uploaded], None]) -> None:
         """Upload every checkpoint that the mirror should have, the newest first, then delete old generations.
 
         Args:
-            tell: called with every checkpoint after its manifest is written.
+            on_upload: called with every checkpoint after its manifest is written.
 
         Raises:
             Exception: of the store or the disk; what was completed before is kept.
@@ -72,7 +72,7 @@ class Uploader:
         while (step := self._next()) is not None:
             done = self._upload(step)
             if done is not None:
-                tell(done)
+                on_upload(done)
         self._delete_old()
 
     def missing_steps(self) -> list[int]:

@@ -171,7 +171,7 @@ class AudioModality:
                 raise ValueError(f"there is no setting {name!r}, only {', '.join(known)}")
         own = AudioSettings(**settings)
         blank = AudioCodec(own, np.zeros((1, own.frames * own.bands), np.uint8))
-        report.tell("reading recordings")
+        report.on_progress("reading recordings")
         read = list(items.values("train", own.fit_items, lambda source: AudioModality.read(source, blank)))
         if not read:
             return None

@@ -60,8 +60,8 @@ def text_tokenizer(
         tokenizer = TextTokenizer.load(Path(settings.text.load), size=high - low, specials=vocabulary.specials)
     else:
         use = use_of(settings.text, "kind", key="kind")
-        with reporter.part("text tokenizer") as tell:
-            texts, size = _texts(slices, settings.held_out, tell), high - low
+        with reporter.part("text tokenizer") as on_progress:
+            texts, size = _texts(slices, settings.held_out, on_progress), high - low
             if use is None:
                 tokenizer = TextTokenizer.train(texts, size=size, specials=vocabulary.specials)
             else:
@@ -134,8 +134,8 @@ def _item_tokenizer(
             reporter.say(f"{folder} is damaged and made again")
     low, high = vocabulary.range_of(name)
     items = Sample(name, slices, settings)
-    with reporter.part(what) as tell:
-        codec = _made(name, items, high - low, Report(tell, reporter.say))
+    with reporter.part(what) as on_progress:
+        codec = _made(name, items, high - low, Report(on_progress, reporter.say))
     if codec is None:
         return None
     if codec.vocab_size > high - low:
@@ -143,8 +143,8 @@ def _item_tokenizer(
             f"{what}: {codec.kind} has {codec.vocab_size} codes, the {name} range {high - low} ids",
             remedy=f"give {name} {codec.vocab_size} ids in vocab.modalities",
         )
-    with reporter.part(what) as tell:
-        tell("measuring what is lost")
+    with reporter.part(what) as on_progress:
+        on_progress("measuring what is lost")
         measured = _measure(codec, items)
     said = measured.pop("said", "")
     save_whole(codec, folder, measured=measured)
@@ -200,11 +200,11 @@ def _documents(piece: DocumentSlice, split: SplitName, held_out: float) -> Itera
     return (item for item in piece.read() if isinstance(item, Document) and item.split_for(held_out) == split)
 
 
-def _texts(slices: Sequence[DocumentSlice], held_out: float, tell: Detail) -> Iterator[str]:
+def _texts(slices: Sequence[DocumentSlice], held_out: float, on_progress: Detail) -> Iterator[str]:
     """Training text, at most _TEXT_CHARACTERS, equally from the start of every slice."""
     share = _TEXT_CHARACTERS // max(1, len(slices))
     for number, piece in enumerate(slices, start=1):
-        tell(f"reading text, part {number} of {len(slices)}")
+        on_progress(f"reading text, part {number} of {len(slices)}")
         characters = 0
         for document in _documents(piece, "train", held_out):
             for content in document.content:
@@ -213,4 +213,4 @@ def _texts(slices: Sequence[DocumentSlice], held_out: float, tell: Detail) -> It
                     yield content.text
             if characters >= share:
                 break
-    tell("choosing merges")
+    on_progress("choosing merges")

@@ -148,12 +148,12 @@ def _fit_kmeans(items: Sample, codes: int, report: Report) -> ImageTokenizer | N
         patch=image.patch,
         codes=first,
         fitting=fitting_of(image),
-        tell=report.tell,
+        on_progress=report.on_progress,
     )
     if not second:
         return base
     return ResidualTokenizer.fit(
-        patches, base=base, codes=second, tell=lambda detail: report.tell(f"second codebook, {detail}")
+        patches, base=base, codes=second, on_progress=lambda detail: report.on_progress(f"second codebook, {detail}")
     )
 
 
@@ -199,7 +199,7 @@ def _patches(items: Sample, report: Report) -> tuple[NDArray[np.uint8], int]:
     while batch := list(itertools.islice(images, 256)):
         patches = to_patches(np.stack(batch), patch)
         read += len(patches)
-        report.tell(f"reading images, {read} patches")
+        report.on_progress(f"reading images, {read} patches")
         kept, drawn = np.concatenate([kept, patches]), np.concatenate([drawn, numbers.random(len(patches))])
         if len(kept) > wanted:
             chosen = np.sort(np.argpartition(drawn, wanted)[:wanted])
@@ -219,7 +219,7 @@ def _fit_plugin(items: Sample, codes: int, report: Report) -> ImageTokenizer | N
     first = next(images, None)
     if first is None:
         return None
-    report.tell("fitting to images")
+    report.on_progress("fitting to images")
     tokenizer.fit(itertools.chain([first], images), codes)
     return tokenizer
 

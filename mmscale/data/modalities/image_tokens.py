@@ -162,7 +162,7 @@ class KMeansTokenizer:
         patch: int,
         codes: int,
         fitting: Fitting = DEFAULT,
-        tell: Callable[[str], None] = silent,
+        on_progress: Callable[[str], None] = silent,
     ) -> KMeansTokenizer:
         """Fit a codebook with scikit-learn's MiniBatchKMeans; deterministic for the same patches.
 
@@ -173,9 +173,9 @@ class KMeansTokenizer:
             patch: edge of a patch [pixels].
             codes: entries of the codebook at most; if there are no more distinct patches, they are the codebook.
             fitting: how pictures get this size.
-            tell: receives the progress of k-means.
+            on_progress: receives the progress of k-means.
         """
-        return cls(size, channels, patch, codebook(patches_ND, codes, tell=tell), fitting)
+        return cls(size, channels, patch, codebook(patches_ND, codes, on_progress=on_progress), fitting)
 
     @property
     def vocab_size(self) -> int:
@@ -247,7 +247,7 @@ class ResidualTokenizer:
 
     @classmethod
     def fit(
-        cls, patches_ND: Pixels, *, base: KMeansTokenizer, codes: int, tell: Callable[[str], None] = silent
+        cls, patches_ND: Pixels, *, base: KMeansTokenizer, codes: int, on_progress: Callable[[str], None] = silent
     ) -> ResidualTokenizer:
         """Fit the second codebook to the residuals of the first one.
 
@@ -255,13 +255,14 @@ class ResidualTokenizer:
             patches_ND: uint8 [N, patch*patch*channels], at least one.
             base: the first codebook.
             codes: entries of the second codebook at most.
-            tell: receives the progress of k-means.
+            on_progress: receives the progress of k-means.
         """
         left_ND = patches_ND.astype(np.int16) - base.codebook_KD[base.book.nearest(patches_ND)]
         distinct, counts = np.unique(left_ND, axis=0, return_counts=True)
         if len(distinct) > codes:
             distinct = np.unique(
-                np.rint(cluster(distinct, counts, codes, tell=tell)).clip(-255, 255).astype(np.int16), axis=0
+                np.rint(cluster(distinct, counts, codes, on_progress=on_progress)).clip(-255, 255).astype(np.int16),
+                axis=0,
             )
         # From small to large residuals.
         order = np.argsort(np.abs(distinct.astype(np.int64)).sum(axis=1), kind="stable")

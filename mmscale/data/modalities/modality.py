@@ -159,11 +159,11 @@ class Report:
     """Receives messages while a tokenizer is fitted.
 
     Attributes:
-        tell: receives the state of a long step, which is shown temporarily.
+        on_progress: receives the state of a long step, which is shown temporarily.
         say: receives a permanent line.
     """
 
-    tell: Callable[[str], None]
+    on_progress: Callable[[str], None]
     say: Callable[[str], None]
 
 
@@ -212,4 +212,4 @@ class Sample:
             codes: entries at most.
             report: receives the progress.
         """
-        return codebook(vectors_ND, codes, tell=report.tell)
+        return codebook(vectors_ND, codes, on_progress=report.on_progress)

@@ -172,7 +172,7 @@ def link(
     settings: PrepareConfig,
     vocabulary: Vocabulary,
     offset: int,
-    told: Reporter,
+    reporter: Reporter,
 ) -> tuple[dict[str, list[Part]], dict[str, str]]:
     """Create index, table and link of every part.
 
@@ -182,7 +182,7 @@ def link(
         settings: `max_document_tokens` and `held_out`.
         vocabulary: ids must be in its first range.
         offset: added to ids.
-        told: receives the progress.
+        reporter: receives the progress.
 
     Returns:
         Parts by split, and digests by file.
@@ -193,8 +193,8 @@ def link(
     splits: dict[str, list[Part]] = {TRAIN: [], VALIDATION: []}
     known: dict[str, str] = {}
     for number, corpus in enumerate(corpora):
-        with told.part(f"{corpus.bin.name}: checking ids") as tell:
-            whole = _checked_ids(corpus, vocabulary, offset, tell)
+        with reporter.part(f"{corpus.bin.name}: checking ids") as on_progress:
+            whole = _checked_ids(corpus, vocabulary, offset, on_progress)
         for block, first in enumerate(range(0, corpus.documents, DOCUMENTS)):
             starts, lengths, held = _pieces(corpus, first, number, settings)
             for split, chosen in ((TRAIN, ~held), (VALIDATION, held)):
@@ -207,7 +207,7 @@ def link(
     return splits, known
 
 
-def _checked_ids(corpus: MegatronCorpus, vocabulary: Vocabulary, offset: int, tell: Any) -> str:
+def _checked_ids(corpus: MegatronCorpus, vocabulary: Vocabulary, offset: int, on_progress: Any) -> str:
     """Digest of the tokens, after checking that every id is text: no padding, no begin or end token of an item."""
     low, high = vocabulary.ranges[0]
     ids = (
@@ -234,7 +234,7 @@ def _checked_ids(corpus: MegatronCorpus, vocabulary: Vocabulary, offset: int, te
                     remedy="correct data.prepare.id_offset, or prepare the documents that the corpus was made from",
                 )
         hasher.update(some.tobytes())
-        tell(f"{at:,} of {len(ids):,}")
+        on_progress(f"{at:,} of {len(ids):,}")
     return hasher.hexdigest()
 
 
@@ -304,7 +304,7 @@ def _write(
     return part, known
 
 
-def check_tokens(out: Path, corpora: Sequence[MegatronCorpus], told: Reporter) -> None:
+def check_tokens(out: Path, corpora: Sequence[MegatronCorpus], reporter: Reporter) -> None:
     """Refuse a prepared data set if the tokens of its corpora have changed. Untouched files are not read.
 
     Raises:
@@ -315,7 +315,7 @@ def check_tokens(out: Path, corpora: Sequence[MegatronCorpus], told: Reporter) -
         wanted = {known[name] for name in known if re.match(rf"[a-z]+/{number:03d}-\d+\.bin$", name)}
         if corpus.changed < made or not wanted:
             continue
-        with told.part(f"{corpus.bin.name}: it was touched, comparing its tokens"):
+        with reporter.part(f"{corpus.bin.name}: it was touched, comparing its tokens"):
             same = wanted == {digests.digest_of(corpus.bin)}
         if not same:
             raise DataError(

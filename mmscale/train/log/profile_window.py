@@ -46,7 +46,7 @@ class ProfileWindow:
         rank: of this process.
         next_step: the first step of this attempt.
         clock: measures the writing of a trace as a pause, not as a part of the step time.
-        tell: writes events, on rank 0.
+        on_event: writes events, on rank 0.
         beat: reports progress to the hang watchdog, before and after the write.
     """
 
@@ -59,11 +59,11 @@ class ProfileWindow:
         rank: int,
         next_step: int,
         clock: Throughput,
-        tell: Callable[..., None],
+        on_event: Callable[..., None],
         beat: Callable[[], None],
     ) -> None:
         self._folder, self._attempt, self._rank = folder / FOLDER, attempt, rank
-        self._clock, self._tell, self._beat = clock, tell, beat
+        self._clock, self._on_event, self._beat = clock, on_event, beat
         window = config.log.profile
         self._ranks = () if window is None else window.ranks
         self._steps = range(0) if window is None else range(window.start, window.start + window.steps)
@@ -119,7 +119,7 @@ class ProfileWindow:
             return
         if self._rank in self._ranks:
             self._write(first, last)
-        self._tell("profile", step=last, first=first, ranks=list(self._ranks), folder=str(self._folder))
+        self._on_event("profile", step=last, first=first, ranks=list(self._ranks), folder=str(self._folder))
 
     def _write(self, first: int, last: int) -> None:
         file = self._folder / trace_name(attempt=self._attempt, rank=self._rank, first=first, last=last)

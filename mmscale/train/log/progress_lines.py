@@ -18,7 +18,7 @@ from rich.text import Text
 from mmscale.config import Config
 from mmscale.config.derived import data_parallel_size, mean_shares, micro_batches_per_step, tokens_per_step
 from mmscale.runs.unrouted import note, unrouted
-from mmscale.runtime.waiting import Waiting
+from mmscale.runtime.activity import ActivityReporter
 
 _BAR = 20  # characters
 
@@ -41,7 +41,7 @@ class Progress:
         enabled: bool = True,
         console: Console | None = None,
         copy: Callable[[str], None] = lambda text: None,
-        starting: Waiting | None = None,
+        starting: ActivityReporter | None = None,
     ) -> None:
         self._starting = starting
         self.steps = steps

@@ -51,13 +51,13 @@ class Backends:
 
     Args:
         makers: functions that start the sinks, by name.
-        tell: called with the name of a sink that is turned off, and the reason.
+        on_disabled: called with the name of a sink that is turned off, and the reason.
     """
 
     def __init__(
-        self, makers: Mapping[str, Callable[[], Backend]], *, tell: Callable[[str, str], None] | None = None
+        self, makers: Mapping[str, Callable[[], Backend]], *, on_disabled: Callable[[str, str], None] | None = None
     ) -> None:
-        self._tell = tell
+        self._on_disabled = on_disabled
         self._writers: dict[str, DiskWriter] = {}
         self.working: dict[str, Backend] = {}
         for name, make in makers.items():
@@ -102,17 +102,17 @@ class Backends:
             _log.warning(
                 "log.%s is off from here on: %s; the run continues; metrics.jsonl has everything", name, reason
             )
-            if self._tell is not None:
-                self._tell(name, reason)
+            if self._on_disabled is not None:
+                self._on_disabled(name, reason)
 
 
-def backends_of(run: SinkRun, log: LogConfig, *, tell: Callable[[str, str], None] | None = None) -> Backends:
+def backends_of(run: SinkRun, log: LogConfig, *, on_disabled: Callable[[str, str], None] | None = None) -> Backends:
     """The requested sinks that can be started: built-in ones by their setting, plug-ins by `log.sinks`.
 
     Args:
         run: its metrics are written.
         log: which sinks are requested.
-        tell: called with the name of a sink that is turned off, and the reason.
+        on_disabled: called with the name of a sink that is turned off, and the reason.
     """
     makers: dict[str, Callable[[], Backend]] = {}
     for name, sink in SINKS.items():
@@ -120,7 +120,7 @@ def backends_of(run: SinkRun, log: LogConfig, *, tell: Callable[[str, str], None
             makers[name] = functools.partial(sink, run, log)
     for name, arguments in log.sinks.items():
         makers[name] = functools.partial(plugins.make, Use("sink", "log.sinks", name, arguments), run)
-    return Backends(makers, tell=tell)
+    return Backends(makers, on_disabled=on_disabled)
 
 
 class TensorBoard:

@@ -126,7 +126,7 @@ class AuxiliaryStage:
     def hooks(self, tools: Tools, batches: BatchLoader) -> list[Hook]:
         """Metrics of every layer; calibration of thresholds after the last step, before it is saved."""
         return [
-            LayersHook(self.given.settings, groups=self.given.groups, metrics=tools.records.metrics),
+            LayersHook(self.given.settings, groups=self.given.groups, metrics=tools.logs.metrics),
             CalibrationHook(self.given, self.stepper, self.state, tools=tools, batches=batches),
         ]
 

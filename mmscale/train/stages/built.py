@@ -15,7 +15,7 @@ from mmscale.model.auxiliary import RouterLearning
 from mmscale.runtime.rank_env import RankEnv
 from mmscale.tables.routings import Routing
 from mmscale.train.log.progress_lines import Progress
-from mmscale.train.log.records import Records
+from mmscale.train.log.run_logs import RunLogs
 from mmscale.train.loop import Hook
 from mmscale.train.stage_state import StageState
 from mmscale.train.steps.step import Steps
@@ -65,7 +65,7 @@ class Tools:
     Attributes:
         clock: measures pauses.
         progress: the terminal.
-        records: metrics.jsonl and events.jsonl.
+        logs: metrics.jsonl and events.jsonl.
         evaluate: measures held-out data; None: there is none.
         beat: must be called between parts of long work, so that the watchdog does not take it for a hang.
         extents: which part of a set is evaluated, by the set's name; contains only sets that are not read completely.
@@ -74,7 +74,7 @@ class Tools:
 
     clock: Throughput
     progress: Progress
-    records: Records
+    logs: RunLogs
     evaluate: Evaluate | None
     beat: Callable[[], None]
     extents: Mapping[str, str]

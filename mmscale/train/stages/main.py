@@ -56,7 +56,7 @@ class MainStage:
 
     def hooks(self, tools: Tools, batches: BatchLoader) -> list[Hook]:
         """Metrics of every layer, and evaluation of held-out data."""
-        config, metrics = self.given.settings, tools.records.metrics
+        config, metrics = self.given.settings, tools.logs.metrics
         layers = LayersHook(config, groups=self.given.groups, metrics=metrics)
         evaluation = _evaluation(config, tools)
         if evaluation is None:
@@ -88,8 +88,8 @@ def _evaluation(config: Config, tools: Tools) -> EvalHook | None:
         evaluate=tools.evaluate,
         clock=tools.clock,
         progress=tools.progress,
-        metrics=tools.records.metrics,
-        tell=tools.records.tell,
+        metrics=tools.logs.metrics,
+        on_event=tools.logs.add_event,
         on_values=tools.on_values,
         extents=tools.extents,
     )

@@ -48,7 +48,7 @@ class MemoryHook:
 
 @contextlib.contextmanager
 def memory_of(
-    config: Config, env: RankEnv, *, run: Path, attempt: int, tell: Callable[..., None], warn: Callable[[str], None]
+    config: Config, env: RankEnv, *, run: Path, attempt: int, on_event: Callable[..., None], warn: Callable[[str], None]
 ) -> Iterator[MemoryTier | None]:
     """The memory tier of an attempt; None if it is off and no snapshot was left. Every rank calls it.
 
@@ -60,12 +60,12 @@ def memory_of(
         env: place of this rank.
         run: the run's folder.
         attempt: number of this attempt.
-        tell: writes events, on rank 0.
+        on_event: writes events, on rank 0.
         warn: prints warnings for the user, on rank 0.
     """
 
     def heard(event: str, **fields: Any) -> None:
-        tell(event, **fields)
+        on_event(event, **fields)
         if event == "memory_restored":
             rebuilt = f", ranks {fields['rebuilt']} rebuilt from parity" if fields["rebuilt"] else ""
             warn(f"resumes from memory: step {fields['step']} of attempt {fields['of_attempt']}{rebuilt}")

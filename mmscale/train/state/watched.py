@@ -40,7 +40,7 @@ class Watch:
         config: of the stage.
         state: stores the trends, so that an attempt continues the counts of the previous one.
         saver: is notified which checkpoint is the best one.
-        tell: writes events, on rank 0.
+        on_event: writes events, on rank 0.
         say: prints lines on the terminal, on rank 0.
     """
 
@@ -50,7 +50,7 @@ class Watch:
         state: Watched,
         *,
         saver: SavesBest,
-        tell: Callable[..., None],
+        on_event: Callable[..., None],
         say: Callable[[str], None],
     ) -> None:
         self.steps = config.train.steps
@@ -58,7 +58,7 @@ class Watch:
         self.keep_best = config.checkpoint.keep_best
         self.state = state
         self.saver = saver
-        self.tell = tell
+        self.on_event = on_event
         self.say = say
         self._anew_from = -1  # up to this step, values in checkpoints are not comparable with the present ones
 
@@ -143,7 +143,7 @@ class Watch:
         trend = self.state.watched.get(LOSS)
         if trend is None or trend.step != step or trend.rising != RISING:
             return
-        self.tell("held_out_rising", step=step, metric=LOSS, evaluations=RISING, value=trend.last)
+        self.on_event("held_out_rising", step=step, metric=LOSS, evaluations=RISING, value=trend.last)
         self.say(
             f"note: step {step}: the held-out loss has risen in {RISING} evaluations in a row, to {trend.last:.4f}; "
             f"it was lowest at step {trend.best_step} ({trend.best:.4f}). The run may overfit its data: see "

@@ -21,7 +21,7 @@ from mmscale.train.steps.batch import Batch
 from mmscale.train.steps.step import StepResult, Steps
 
 
-class Tell(Protocol):
+class OnEvent(Protocol):
     """Writes an event into events.jsonl, on rank 0."""
 
     def __call__(self, event: str, **fields: Any) -> None:
@@ -37,7 +37,7 @@ class StepGuard:
         stepper: computes and applies.
         load_newest: loads the newest intact checkpoint into the state; returns its step, or None if there is none yet.
         seek: moves the stream of batches to this number of consumed sequences.
-        tell: writes events.
+        on_event: writes events.
         warn: prints lines on the terminal.
         optim: name of the settings of the stage's optimizer.
     """
@@ -50,7 +50,7 @@ class StepGuard:
         stepper: Steps,
         load_newest: Callable[[], int | None],
         seek: Callable[[int], None],
-        tell: Tell,
+        on_event: OnEvent,
         warn: Callable[[str], None],
         optim: str = "optim",
     ) -> None:
@@ -60,7 +60,7 @@ class StepGuard:
         self.stepper = stepper
         self.load_newest = load_newest
         self.seek = seek
-        self.tell = tell
+        self.on_event = on_event
         self.warn = warn
         self.policy = AnomalyPolicy(config.resilience.anomaly, largest_norm=config.optim.grad_norm_skip_threshold)
 
@@ -158,5 +158,5 @@ class StepGuard:
     def _report(self, event: str, decision: StepDecision, what: str, *, at: int | None = None, **fields: Any) -> None:
         step = self.state.step + 1 if at is None else at
         figures = {finding.name: finding.value for finding in decision.findings}
-        self.tell(event, step=step, reason=decision.reason, **figures, **fields)
+        self.on_event(event, step=step, reason=decision.reason, **figures, **fields)
         self.warn(f"warning: step {step}: {decision.reason}; {what}")

@@ -421,7 +421,9 @@ class Told:
 
 
 def process(store: Store, url: str, told: Told, **others: Any) -> UploadProcess:
-    return UploadProcess(MirrorSettings(url, store.root, Retention(2), **others), tell=told, warn=told.warnings.append)
+    return UploadProcess(
+        MirrorSettings(url, store.root, Retention(2), **others), on_event=told, warn=told.warnings.append
+    )
 
 
 def test_the_process_uploads_and_ends(store: Store, remote: Remote) -> None:
@@ -462,7 +464,7 @@ def test_the_process_dies_with_its_parent(store: Store, remote: Remote, tmp_path
         "from mmscale.checkpoint.mirror.mirror_settings import *\n"
         "from mmscale.checkpoint.mirror.upload_process import *\n"
         f"s = MirrorSettings({remote.url!r}, Path({str(store.root)!r}), Retention(2), 2000.0)\n"
-        "p = UploadProcess(s, tell=print, warn=print); p.request_upload()\n"
+        "p = UploadProcess(s, on_event=print, warn=print); p.request_upload()\n"
         "print(p._process.pid, flush=True); time.sleep(100)"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)

@@ -176,11 +176,11 @@ def test_pairs_without_a_node_in_common_do_not_wait_for_each_other(tmp_path: Pat
             waited.append(True)
             return measure(group, **more)
 
-        def tell(**fields: Any) -> None:
+        def emit(**fields: Any) -> None:
             with file.open("a") as opened:
                 opened.write(json.dumps(fields) + "\n")
 
-        bandwidth.measure, bandwidth._tell = late, tell  # type: ignore[assignment]
+        bandwidth.measure, bandwidth._emit = late, emit  # type: ignore[assignment]
         os.environ["SLURMD_NODENAME"] = f"n{ranks.rank + 1}"
         dist.init_process_group("gloo", init_method=ranks.init_method, rank=ranks.rank, world_size=4)
         bandwidth.run(dataclasses.replace(ranks, local_rank=0, local_world_size=1), megabytes=0.1)

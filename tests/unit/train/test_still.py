@@ -11,7 +11,7 @@ from mmscale.train.hooks import STILL_AFTER, StillHook
 def test_a_gradient_of_zero_for_many_steps_is_said_once() -> None:
     events: list[tuple[str, dict[str, Any]]] = []
     warnings: list[str] = []
-    hook = StillHook(tell=lambda event, **fields: events.append((event, fields)), warn=warnings.append)
+    hook = StillHook(on_event=lambda event, **fields: events.append((event, fields)), warn=warnings.append)
 
     def step(number: int, norm: float) -> None:
         report = SimpleNamespace(step=number, result=SimpleNamespace(grad_norm=norm))

@@ -47,12 +47,12 @@ def parts(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
 
     @contextlib.contextmanager
     def part(self: Reporter, what: str) -> Iterator[Detail]:
-        with original(self, what) as tell:
+        with original(self, what) as update:
             own = seen.setdefault(what, [])
 
             def both(detail: str) -> None:
                 own.append(detail)
-                tell(detail)
+                update(detail)
 
             yield both
 
@@ -114,7 +114,7 @@ def test_telling_does_not_change_the_centres() -> None:
     points: NDArray[np.uint8] = rng.integers(0, 256, (3000, 12), dtype=np.uint8)
     weights = rng.integers(1, 9, 3000)
     told: list[str] = []
-    centres = cluster(points, weights, 20, tell=told.append)
+    centres = cluster(points, weights, 20, on_progress=told.append)
     plain = MiniBatchKMeans(20, batch_size=4096, max_iter=10, n_init=3, random_state=0, reassignment_ratio=0)
     np.testing.assert_array_equal(centres, plain.fit(points.astype(np.float32), sample_weight=weights).cluster_centers_)
     steps = [f"k-means step {n + 1} of 10" for n in range(plain.n_steps_)]
@@ -164,8 +164,8 @@ def test_a_long_part_is_shown_while_it_lasts(lines_at_once: None, terminal: bool
     said = threading.Event()
     reporter, stream = reporter_of(terminal, said)
     context: Any = reporter.bar("documents", 9) if counted else reporter.part("fitting")
-    with context as tell:
-        tell(4 if counted else "step [1] of 9")
+    with context as update:
+        update(4 if counted else "step [1] of 9")
         for _ in range(2):  # the first line may have been on its way already
             said.clear()
             assert said.wait(300)
@@ -180,8 +180,8 @@ def test_a_long_part_is_shown_while_it_lasts(lines_at_once: None, terminal: bool
 def test_a_short_part_writes_no_line(counted: bool) -> None:
     reporter, stream = reporter_of(False, threading.Event())
     context: Any = reporter.bar("documents", 9) if counted else reporter.part("fitting")
-    with context as tell:
-        tell(4 if counted else "step 1")
+    with context as update:
+        update(4 if counted else "step 1")
     assert stream.getvalue() == "" and progress._FIRST_LINE == 2.0
     assert not [thread for thread in threading.enumerate() if thread.name == "progress"]
 

@@ -39,7 +39,7 @@ def test_rank_0_waits_for_another_ranks_write(ranks: RankEnv, tmp_path: Path, mo
         rank=ranks.rank,
         next_step=1,
         clock=clock,
-        tell=lambda event, **fields: told.append(fields),
+        on_event=lambda event, **fields: told.append(fields),
         beat=lambda: beats.append(time.monotonic()),
     )
     with window:

@@ -31,12 +31,12 @@ MODEL: dict[str, Any] = {
 def sinks(
     folder: Path,
     *,
-    tell: Callable[[str, str], None] | None = None,
+    on_disabled: Callable[[str, str], None] | None = None,
     settings: dict[str, object] | None = None,
     **log: object,
 ) -> Backends:
     run = SinkRun(folder, folder, folder.name, settings or {})
-    return backends_of(run, LogConfig(**log), tell=tell)  # type: ignore[arg-type]
+    return backends_of(run, LogConfig(**log), on_disabled=on_disabled)  # type: ignore[arg-type]
 
 
 def test_settings_that_sinks_show() -> None:
@@ -166,7 +166,7 @@ def test_a_port_that_is_taken_stops_nothing(tmp_path: Path, caplog: pytest.LogCa
             tmp_path,
             prometheus_address="127.0.0.1",
             prometheus_port=port,
-            tell=lambda *said: told.append(said),
+            on_disabled=lambda *said: told.append(said),
         )
         log = MetricsLog(tmp_path, attempt=1)
         log.attach(backends)

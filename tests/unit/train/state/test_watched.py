@@ -42,7 +42,11 @@ class Run:
 
     def watch(self, settings: Config) -> Watch:
         return Watch(
-            settings, self, saver=self, tell=lambda event, **f: self.events.append({"event": event, **f}), say=self.say
+            settings,
+            self,
+            saver=self,
+            on_event=lambda event, **f: self.events.append({"event": event, **f}),
+            say=self.say,
         )
 
     def say(self, line: str) -> None:

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from mmscale.runtime import waiting as module
-from mmscale.runtime.waiting import waiting
+from mmscale.runtime import activity as module
+from mmscale.runtime.activity import report_activity
 
 
 @pytest.fixture(autouse=True)
@@ -25,9 +25,9 @@ def wait_for(lines: list[str], number: int) -> None:
 
 def test_each_work_has_a_line_and_long_work_several() -> None:
     lines: list[str] = []
-    with waiting("loading torch", say=lines.append) as tell:
+    with report_activity("loading torch", say=lines.append) as update:
         wait_for(lines, 2)
-        tell("reading step 100")
+        update("reading step 100")
         wait_for(lines, 3)
     assert lines[0] == "loading torch ..."
     assert lines[1].startswith("loading torch ... ") and lines[1].endswith(" s")
@@ -40,9 +40,9 @@ def test_each_work_has_a_line_and_long_work_several() -> None:
 def test_a_place_in_the_work_is_shown_by_the_later_lines_alone() -> None:
     """A place changes several times a second, and a line for each would fill the screen."""
     lines: list[str] = []
-    with waiting("evaluating", say=lines.append) as tell:
+    with report_activity("evaluating", say=lines.append) as update:
         for number in range(2000):
-            tell("evaluating", f"batch {number} of 2,000")
+            update("evaluating", f"batch {number} of 2,000")
             if len(lines) > 2:
                 break
             time.sleep(0.01)
@@ -52,10 +52,10 @@ def test_a_place_in_the_work_is_shown_by_the_later_lines_alone() -> None:
 
 def test_short_work_is_not_mentioned(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "FIRST_LINE", 60.0)
-    with waiting("adding"):
+    with report_activity("adding"):
         pass
-    with waiting("nothing", enabled=False) as tell:
-        tell("still nothing")
+    with report_activity("nothing", enabled=False) as update:
+        update("still nothing")
     assert capsys.readouterr().err == ""
 
 

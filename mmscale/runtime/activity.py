@@ -19,7 +19,7 @@ LINE_EVERY = 10.0  # seconds between lines about the same work
 
 
 class Detail(Protocol):
-    """`Waiting.tell`."""
+    """`ActivityReporter.update`."""
 
     def __call__(self, what: str, place: str = "") -> None:
         """Set the present activity and the place in it."""
@@ -38,7 +38,7 @@ def to_stderr(message: str) -> None:
             os.write(descriptor, line.encode(errors="replace"))
 
 
-class Waiting:
+class ActivityReporter:
     """Prints the present activity, until it is closed.
 
     The first line comes after a second; further ones whenever the activity changes, but at most one a second, and one
@@ -70,7 +70,7 @@ class Waiting:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def tell(self, what: str, place: str = "") -> None:
+    def update(self, what: str, place: str = "") -> None:
         """Set the present activity, and the place in it, e.g. "batch 12 of 50"; a new place prints no line at once."""
         self._place = place
         if what != self._what:
@@ -96,7 +96,7 @@ class Waiting:
 
 
 @contextlib.contextmanager
-def waiting(what: str, *, enabled: bool = True, say: Callable[[str], None] = to_stderr) -> Iterator[Detail]:
+def report_activity(what: str, *, enabled: bool = True, say: Callable[[str], None] = to_stderr) -> Iterator[Detail]:
     """Print the present activity while the block runs; yields a function that sets the activity."""
-    with Waiting(what, enabled=enabled, say=say) as shown:
-        yield shown.tell
+    with ActivityReporter(what, enabled=enabled, say=say) as shown:
+        yield shown.update

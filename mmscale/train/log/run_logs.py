@@ -65,7 +65,7 @@ class Transcript:
 
 
 @dataclass(frozen=True)
-class Records:
+class RunLogs:
     """The open logs of an attempt.
 
     Attributes:
@@ -107,14 +107,14 @@ class Records:
         if self.writer is not None:
             self.writer.submit(replacing(file, content), size=len(content), key=str(file))
 
-    def tell(self, event: str, **fields: Any) -> None:
+    def add_event(self, event: str, **fields: Any) -> None:
         """Write an event; on other ranks nothing happens."""
         if self.events is not None:
             self.events.add(event, **fields)
 
 
 @contextlib.contextmanager
-def open_records(
+def open_run_logs(
     folder: Path,
     *,
     attempt: int,
@@ -123,7 +123,7 @@ def open_records(
     log: LogConfig | None = None,
     name: str = "",
     transcribed: bool = False,
-) -> Iterator[Records]:
+) -> Iterator[RunLogs]:
     """Open the logs of a folder and close them at the end; an error that passes through is written as an event.
 
     Args:
@@ -131,7 +131,7 @@ def open_records(
         attempt: number of the attempt.
         rank: of this process.
         fence: checked before every line: an attempt that has lost the run writes none.
-        log: the sinks to start in `Records.begin`; None: none.
+        log: the sinks to start in `RunLogs.begin`; None: none.
         name: name of the run in the sinks; default: its folder's.
         transcribed: whether printed lines are also written to a log.
 
@@ -140,7 +140,7 @@ def open_records(
         SaveError: the folder cannot be made. Later write errors do not end the run.
     """
     if rank != 0:
-        yield Records()
+        yield RunLogs()
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -156,7 +156,7 @@ def open_records(
         transcript = Transcript(Appended(printed, writer) if transcribed else None)
         backends = functools.partial(_backends, held, name or folder.name, log, events)
         try:
-            yield Records(metrics, events, backends, writer, held, transcript)
+            yield RunLogs(metrics, events, backends, writer, held, transcript)
         except FencedError:
             raise  # without writing an event
         except BaseException as error:
@@ -175,5 +175,5 @@ def _backends(held: HeldFolder, name: str, log: LogConfig | None, events: EventL
     return backends_of(
         SinkRun(held.path, held.stable, name, shown_settings(config)),
         log,
-        tell=lambda name, reason: events.add("log_off", log=name, reason=reason),
+        on_disabled=lambda name, reason: events.add("log_off", log=name, reason=reason),
     )

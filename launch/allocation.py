@@ -44,18 +44,18 @@ class Allocation:
         if self.job:
             patiently(lambda: scheduler.job_state(self.job), patience_s=self.patience_s, give_up=self.interrupted)
 
-    def state(self, *, patiently_asked: bool) -> str | None:
+    def state(self, *, retry: bool) -> str | None:
         """SLURM's state of this job; `NO_ANSWER` if there is no answer; None without SLURM.
 
         Args:
-            patiently_asked: wait for an answer. A restart of ranks in place does not wait.
+            retry: wait for an answer. A restart of ranks in place does not wait.
         """
         if not self.job:
             return None
         try:
             found = patiently(
                 lambda: scheduler.job_state(self.job, timeout_s=_SHORT_S),
-                patience_s=self.patience_s if patiently_asked else 0.0,
+                patience_s=self.patience_s if retry else 0.0,
             )
         except UnreachableError:
             return NO_ANSWER
@@ -66,7 +66,7 @@ class Allocation:
         if not ending.needs_slurm:
             return ending
         asked = not crashed(ending)
-        return replace(ending, job_state=self.state(patiently_asked=asked), preempted=asked and self.preempted())
+        return replace(ending, job_state=self.state(retry=asked), preempted=asked and self.preempted())
 
     def preempted(self) -> bool:
         """Whether SLURM has preempted this job; False without an answer."""

@@ -16,7 +16,7 @@ from typing import Any
 import submitit
 from submitit.slurm.slurm import SlurmExecutor
 
-from launch import job_table, passed, scheduler
+from launch import job_environment, job_table, scheduler
 from launch import record as records
 from launch.profile import Profile
 from launch.record import JobKey
@@ -117,7 +117,7 @@ def submit(chosen: SlurmExecutor, jobs: Sequence[Callable[[], None]], profile: P
         UnreachableError: SLURM does not answer.
         LaunchError: SLURM refuses.
     """
-    with passed.only(profile):
+    with job_environment.only(profile):
         try:
             if len(jobs) == 1:
                 found = [chosen.submit(jobs[0])]
@@ -174,7 +174,7 @@ def _setup(record: records.Record, profile: Profile) -> list[str]:
     lines = [
         "# Until Python listens, a request to save must not end the script.",
         "trap '' USR1 USR2",
-        *passed.comments(profile),
+        *job_environment.comments(profile),
     ]
     if profile.setup:
         said = "error: setup of the profile failed with exit status $?: $BASH_COMMAND"

@@ -18,7 +18,7 @@ from mmscale.checkpoint.layout import Store
 from mmscale.errors import SaveError
 from mmscale.runs.events import EventLog
 from mmscale.runtime.disk_writer import DiskWriter, replacing
-from mmscale.runtime.held_folder import HeldFolder
+from mmscale.runtime.open_folder import OpenFolder
 
 _PATIENCE_S = 1800.0  # same as the profile's slurm_patience
 _AGAIN_S = 2.0
@@ -44,7 +44,7 @@ class Disk:
         self._give_up = give_up
         self.writer = DiskWriter(str(run))
         self._budget: Budget | None = None  # as on the disk, now or when the writer has caught up
-        self._held: HeldFolder | None = None
+        self._held: OpenFolder | None = None
 
     def patiently(self, action: Callable[[], T]) -> T:
         """Run an action that must succeed before ranks start; retry for a while if the disk fails.
@@ -71,7 +71,7 @@ class Disk:
     def place(self) -> Path:
         """The run's folder, by a path that stays valid if the folder is renamed."""
         if self._held is None:
-            self._held = HeldFolder(self.run)
+            self._held = OpenFolder(self.run)
         return self._held.stable
 
     def noted(self, events: L) -> L:

@@ -93,7 +93,7 @@ class Examination:
             self._refuse(bad, task)
         return bandwidth
 
-    def _refuse(self, bad: dict[str, nodes.Unfit], task: Callable[[], None]) -> None:
+    def _refuse(self, bad: dict[str, nodes.UnfitNode], task: Callable[[], None]) -> None:
         """End the job before ranks start. Another job continues without nodes that have a fault of their own.
 
         SLURM lets a job's excluded nodes change only while the job waits; if this one were requeued, it could get the

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mmscale.runs.display_names import TIME_PARTS
 from mmscale.runs.events import BEGINS, ORDERLY_ENDS
-from mmscale.runs.plain_words import TIME_PARTS
 
 
 def goodput(

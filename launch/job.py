@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from launch import batch_script, hangs, owner, passed
+from launch import batch_script, hangs, job_environment, owner
 from launch import rank_command as ranks
 from launch import record as records
 from launch import srun_step as step
@@ -68,12 +68,12 @@ def main(folder: Path) -> int:
     console.guard()
     supervisor = Supervisor(records.read_record(folder))
     try:
-        with passed.shared(supervisor.profile), supervisor.requests.noting_signals():
+        with job_environment.shared(supervisor.profile), supervisor.requests.noting_signals():
             status = supervisor.run()
             return supervisor.requests.status_for_slurm(status) if supervisor.slurm else status
     except MmscaleError as error:
         if not supervisor.successors.alive():
-            passed.remove_secrets(folder)
+            job_environment.remove_secrets(folder)
         _say(f"error: {error.cause}" + (f"\n  fix: {error.remedy}" if error.remedy else ""))
         return error.exit_status
     finally:
@@ -118,7 +118,7 @@ class Supervisor:
             self.profile.notify,
             folder=self.folder,
             facts={"run": record.run, "job": self.job, "cluster": record.cluster},
-            secrets=lambda: passed.read_secrets(self.profile, self.folder),
+            secrets=lambda: job_environment.read_secrets(self.profile, self.folder),
             writer=self.disk.writer,
         )
         self._said = ""  # srun's output about the last start of ranks
@@ -216,7 +216,7 @@ class Supervisor:
         action, why = self._decide(ending, before if counted else self.disk.count(ending, before))
         if action is Action.GIVE_UP:
             self.successors.cancel()
-            passed.remove_secrets(self.folder)
+            job_environment.remove_secrets(self.folder)
             with contextlib.closing(self._log(next_attempt(self.run_dir))) as events:
                 return self._give_up(why, STOPPED, self.run_dir / "logs", events)
         if action is Action.REQUEUE:
@@ -249,7 +249,7 @@ class Supervisor:
         port = unused_port() if self.slurm else 0
         in_place = self._restarts_in_place()
         command = ranks.command(self.record, self.profile, logs=logs, environ=os.environ, port=port, in_place=in_place)
-        secrets = passed.read_secrets(self.profile, self.folder)
+        secrets = job_environment.read_secrets(self.profile, self.folder)
         environment = secrets | ranks.environment(self.profile, os.environ, lease_id=lease_id, port=port, logs=logs)
         events.add(
             "launch",
@@ -295,7 +295,7 @@ class Supervisor:
         )
         _say(f"ranks ended with exit status {status}: {action}, {why}")
         if over:
-            passed.remove_secrets(self.disk.now(self.folder))
+            job_environment.remove_secrets(self.disk.now(self.folder))
             self.successors.cancel()
         if action is Action.REQUEUE:
             refused = self._requeue(ending)
@@ -325,7 +325,7 @@ class Supervisor:
             events.add("handed_over", job=behind[0], why=refused)
             _say(f"not requeued: {refused}; job {behind[0]} continues")
             return Action.END
-        passed.remove_secrets(self.disk.now(self.folder))
+        job_environment.remove_secrets(self.disk.now(self.folder))
         events.add("not_requeued", why=refused)
         _say(
             f"error: not requeued: {refused}\n  fix: {shell_command('resume', self.record.run)} continues the run; "

@@ -15,7 +15,7 @@ from typing import Any
 
 from submitit.slurm.slurm import SlurmExecutor
 
-from launch import batch_script, passed, scheduler
+from launch import batch_script, job_environment, scheduler
 from launch.job_table import states_of
 from launch.profile import Profile
 from mmscale.errors import LaunchError
@@ -65,7 +65,7 @@ def submit(stages: Sequence[Sequence[Callable[[], Any]]], *, folder: Path, name:
     check(profile)
     found: list[str] = []
     behind: str | None = None
-    with passed.shared(profile):
+    with job_environment.shared(profile):
         for stage in stages:
             try:
                 array = batch_script.submit(_executor(folder, name, profile, behind), stage, profile)

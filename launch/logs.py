@@ -38,7 +38,7 @@ def lines(
     file = _file(run, rank=rank, attempt=attempt, job=job)
     if file is None and not follow:
         raise LaunchError(
-            f"{run} has no log of {'its job' if job else f'rank {rank}'}{_there(run)}",
+            f"{run} has no log of {'its job' if job else f'rank {rank}'}{_described_attempts(run)}",
             remedy="" if owner.starting(run) is None else "--follow waits until its ranks have loaded torch",
         )
     place, table = 0, JobTable()
@@ -91,7 +91,7 @@ def _attempts(run: Path) -> list[int]:
     return sorted(int(name[1]) for name in names if name)
 
 
-def _there(run: Path) -> str:
+def _described_attempts(run: Path) -> str:
     attempts = _attempts(run)
     if (held := owner.starting(run)) is not None:
         return f": attempt {held.attempt} is starting"

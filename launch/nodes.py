@@ -38,7 +38,7 @@ _OWN = frozenset({"gpus", "gpu_idle", "gpu_memory_errors", "gpu_xid", "shared_me
 
 
 @dataclass(frozen=True)
-class Unfit:
+class UnfitNode:
     """The problems of a node.
 
     Attributes:
@@ -59,7 +59,7 @@ def examine(
     *,
     interrupted: Callable[[], bool],
     stopping: Callable[[], bool] = lambda: False,
-) -> dict[str, Unfit]:
+) -> dict[str, UnfitNode]:
     """Check every node of this job.
 
     Args:
@@ -94,7 +94,7 @@ def examine(
     for node, text in sorted(said.items()):
         sys.stderr.write(f"node {node}: {text or 'ready'}\n")
     return {
-        node: Unfit(
+        node: UnfitNode(
             said[node], record.nodes > 1 or any(_is_own(*one) for one in problems.items()), _is_hardware(problems)
         )
         for node, problems in found.items()
@@ -120,7 +120,7 @@ def measure(
     port: int,
     interrupted: Callable[[], bool],
     stopping: Callable[[], bool] = lambda: False,
-) -> tuple[dict[str, Unfit], dict[str, Any]]:
+) -> tuple[dict[str, UnfitNode], dict[str, Any]]:
     """Measure all-reduces inside the nodes of this job and between them.
 
     Args:
@@ -168,7 +168,7 @@ def measure(
         sys.stderr.write(f"all-reduce, {name}: {'nothing' if value is None else f'{value:.2f} GB/s'}\n")
     demanded = wanted.all_reduce_inside_gb_s > 0 or wanted.all_reduce_between_gb_s > 0
     own = demanded if ended.late else record.nodes > 1 or not ended.error
-    return {node: Unfit(text, own, "GB/s" in text) for node, text in bad.items()}, measured
+    return {node: UnfitNode(text, own, "GB/s" in text) for node, text in bad.items()}, measured
 
 
 def slow_nodes(
@@ -310,7 +310,7 @@ def _main_error(text: str) -> str:
     return lines[-1]
 
 
-def of_the_job(bad: Mapping[str, Unfit], *, nodes: int) -> dict[str, str]:
+def of_the_job(bad: Mapping[str, UnfitNode], *, nodes: int) -> dict[str, str]:
     """Bad nodes that must not be cordoned, and why: the job, or something the nodes share, causes the problem.
 
     Args:
@@ -329,7 +329,7 @@ def of_the_job(bad: Mapping[str, Unfit], *, nodes: int) -> dict[str, str]:
     return found
 
 
-def at_fault(record: Record, profile: Profile, bad: Mapping[str, Unfit]) -> list[str]:
+def at_fault(record: Record, profile: Profile, bad: Mapping[str, UnfitNode]) -> list[str]:
     """Bad nodes with a fault of their own: a job without them would not have the problem."""
     spared = of_the_job(bad, nodes=record.nodes)
     return [
@@ -339,7 +339,7 @@ def at_fault(record: Record, profile: Profile, bad: Mapping[str, Unfit]) -> list
     ]
 
 
-def refusal(record: Record, profile: Profile, bad: Mapping[str, Unfit]) -> LaunchError:
+def refusal(record: Record, profile: Profile, bad: Mapping[str, UnfitNode]) -> LaunchError:
     """The error that ends the job before ranks start. Cordons the bad nodes that are at fault themselves."""
     spared = of_the_job(bad, nodes=record.nodes)
     cordon(

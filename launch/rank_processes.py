@@ -14,10 +14,10 @@ from pathlib import Path
 
 from launch import agent
 from launch import srun_step as step
-from launch.beginning import Beginning
 from launch.disk import Disk
 from launch.profile import Profile
 from launch.record import Record
+from launch.start_watch import StartWatch
 from mmscale.resilience import lease
 from mmscale.runs.events import EventLog
 from mmscale.runs.run_progress import RunProgress
@@ -71,7 +71,7 @@ class RankProcesses:
         waits_until = float("inf")
         look_at = time.monotonic() + _FIRST_LOOK_S if self.slurm else float("inf")
         note_at = time.monotonic() + _PROGRESS_S
-        beginning = Beginning(self.run_dir, events.attempt, hint_after_s=self.profile.start_hint_after)
+        beginning = StartWatch(self.run_dir, events.attempt, hint_after_s=self.profile.start_hint_after)
         list_at = 0.0 if self.profile.ranks == "torchrun" else float("inf")
         try:
             while True:

@@ -281,7 +281,7 @@ def _state(run: Path, events: list[dict[str, Any]], jobs: _Jobs) -> dict[str, An
         return found | {"state": "RUNNING", "reason": reason, "nodes": held.host, "ended": False}
     if jobs.error:
         over = _over(run, events)
-        word = _last_word(run, events) if over else None
+        word = _last_state(run, events) if over else None
         return found | {"state": word or RunState.UNKNOWN, "reason": jobs.error, "ended": over}
     if jobs.links:
         living = chain.alive(jobs.links)
@@ -299,8 +299,8 @@ def _state(run: Path, events: list[dict[str, Any]], jobs: _Jobs) -> dict[str, An
         return found | {"state": state, "reason": reason, "nodes": shown.state.nodes if shown.state else ""}
     if held is not None and not held.job:
         gone = f"process {held.process.pid} on {held.host} is gone, and has not said how it ended"
-        return found | {"state": _last_word(run, events) or RunState.KILLED, "reason": gone, "nodes": held.host}
-    return found | {"state": _last_word(run, events) or RunState.UNKNOWN}
+        return found | {"state": _last_state(run, events) or RunState.KILLED, "reason": gone, "nodes": held.host}
+    return found | {"state": _last_state(run, events) or RunState.UNKNOWN}
 
 
 def _expected(state: scheduler.JobState) -> str:
@@ -320,7 +320,7 @@ def _how_it_ended(run: Path, events: list[dict[str, Any]], link: chain.Link) -> 
     The run's own record takes precedence over SLURM's state: a preempted job that ends in its grace period is a
     TIMEOUT, and a killed batch script has exit status 0.
     """
-    word, state = _last_word(run, events), link.state
+    word, state = _last_state(run, events), link.state
     reason = _why(events) if word == RunState.GAVE_UP else ""
     if word in _OWN_WORDS:
         return word, reason
@@ -347,7 +347,7 @@ def _over(run: Path, events: list[dict[str, Any]]) -> bool:
     return bool(last.get("over")) and newest is not None and newest.name == launched
 
 
-def _last_word(run: Path, events: list[dict[str, Any]]) -> str | None:
+def _last_state(run: Path, events: list[dict[str, Any]]) -> str | None:
     """How the last attempt ended, by its own record. It is `finished` only at the run's last step."""
     nothing_to_do = False  # an attempt that found the run finished
     for event in reversed(events):

@@ -18,14 +18,14 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from launch import batch_script, container, job, owner, passed, scheduler, successors
+from launch import batch_script, container, job, job_environment, owner, scheduler, successors
 from launch import rank_command as ranks
 from launch import record as records
 from launch.profile import Profile, load_profile
 from mmscale.config import Config
 from mmscale.config.load import load
 from mmscale.errors import LaunchError, UsageError
-from mmscale.train.nothing_left import nothing_left
+from mmscale.train.already_done import already_done
 from mmscale.train.stages.table import MAIN, STAGES
 
 __all__ = ["Planned", "launch", "plan_launch", "script"]
@@ -106,7 +106,7 @@ def plan_launch(
             from_scratch=from_scratch,
         )
         container.check(record, profile, config)
-        planned.append(Planned(record, config, "" if after else nothing_left(STAGES[stage], config)))
+        planned.append(Planned(record, config, "" if after else already_done(STAGES[stage], config)))
     return planned
 
 
@@ -165,13 +165,13 @@ def launch(planned: Sequence[Planned], *, after: str | None = None, at_once: int
     dependency = _after(after)
     if dependency is None:
         _refuse_busy(planned)
-    passed.check_secrets(profile)
-    with passed.shared(profile):
+    job_environment.check_secrets(profile)
+    with job_environment.shared(profile):
         for one in planned:
             records.write_record(one.record, one.config)
-            passed.write_secrets(profile, Path(one.record.folder))
+            job_environment.write_secrets(profile, Path(one.record.folder))
         if profile.scheduler != "slurm":
-            return [*done, *(_here(one.record) for one in planned)]
+            return [*done, *(_run_here(one.record) for one in planned)]
         found = _submit(planned, profile, dependency=dependency, at_once=at_once)
     started = [_row(one.record, jobs) for one, jobs in zip(planned, found, strict=True)]
     return [*done, *started]
@@ -239,9 +239,9 @@ def script(planned: Sequence[Planned], *, after: str | None = None, at_once: int
     return str(executor._make_submission_file_text(executor._submitit_command_str, "dry-run"))
 
 
-def _here(record: records.Record) -> dict[str, Any]:
+def _run_here(record: records.Record) -> dict[str, Any]:
     """Run the job in this process, with the code of the snapshot."""
-    with passed.only(record.checked_profile()):
+    with job_environment.only(record.checked_profile()):
         os.environ.update(records.python_variables(record))
         status = job.main(Path(record.folder))
     return _row(record) | {"exit_status": status}

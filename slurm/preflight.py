@@ -43,7 +43,7 @@ _XIDS = frozenset({48, 64, 74, 79, 95, 119, 120})
 
 
 @dataclass(frozen=True)
-class Wanted:
+class NodeRequirements:
     """The requirements for a node.
 
     Attributes:
@@ -60,7 +60,7 @@ class Wanted:
 
 
 def examine(
-    wanted: Wanted,
+    wanted: NodeRequirements,
     *,
     skip: Sequence[str] = (),
     smi: Callable[[str], list[list[str]]] | None = None,
@@ -79,7 +79,7 @@ def examine(
     """
     measured: dict[str, Any] = {}
     problems: dict[str, str] = {}
-    checks: dict[str, Callable[[Wanted, dict[str, Any]], str]] = {
+    checks: dict[str, Callable[[NodeRequirements, dict[str, Any]], str]] = {
         "disk": _disk,
         "shared_memory": _shared_memory,
         "run_folder": _run_folder,
@@ -104,13 +104,13 @@ def examine(
     return {"node": node, "time": time.time(), "problems": problems, "measured": measured}
 
 
-def _disk(wanted: Wanted, measured: dict[str, Any]) -> str:
+def _disk(wanted: NodeRequirements, measured: dict[str, Any]) -> str:
     free = shutil.disk_usage(wanted.run).free / 1e9
     measured["disk_gb"] = round(free, 1)
     return f"{free:.1f} GB free in {wanted.run}, wants {wanted.disk_gb:g}" if free < wanted.disk_gb else ""
 
 
-def _shared_memory(wanted: Wanted, measured: dict[str, Any]) -> str:
+def _shared_memory(wanted: NodeRequirements, measured: dict[str, Any]) -> str:
     free = shutil.disk_usage("/dev/shm").free / 1e9  # noqa: S108  asked, not written
     measured["shared_memory_gb"] = round(free, 1)
     return (
@@ -118,7 +118,7 @@ def _shared_memory(wanted: Wanted, measured: dict[str, Any]) -> str:
     )
 
 
-def _run_folder(wanted: Wanted, measured: dict[str, Any]) -> str:
+def _run_folder(wanted: NodeRequirements, measured: dict[str, Any]) -> str:
     """Write, read and remove a file: a full quota fails at the write, a read-only mount at the open."""
     file = wanted.run / f".preflight.{socket.gethostname()}.{uuid.uuid4().hex}"
     text = os.urandom(4096)
@@ -132,7 +132,7 @@ def _run_folder(wanted: Wanted, measured: dict[str, Any]) -> str:
     return "" if same else f"{wanted.run} gives back other bytes than were written"
 
 
-def _python(wanted: Wanted, measured: dict[str, Any]) -> str:
+def _python(wanted: NodeRequirements, measured: dict[str, Any]) -> str:
     """Whether this interpreter, possibly in a container, has the modules that a rank imports; nothing is imported."""
     measured["python"] = found = f"{sys.executable} (Python {platform.python_version()})"
     if sys.version_info < _PYTHON:
@@ -155,7 +155,7 @@ def _nvidia_smi(fields: str) -> list[list[str]]:
     return [[value.strip() for value in line.split(",")] for line in ended.stdout.splitlines() if line.strip()]
 
 
-def _gpus(wanted: Wanted, measured: dict[str, Any], smi: Callable[[str], list[list[str]]]) -> str:
+def _gpus(wanted: NodeRequirements, measured: dict[str, Any], smi: Callable[[str], list[list[str]]]) -> str:
     found = [name for (name,) in smi("name")]
     measured["gpus"] = found
     return f"{len(found)} of {wanted.gpus} GPUs are there" if len(found) < wanted.gpus else ""
@@ -213,7 +213,7 @@ def main() -> int:
     parser.add_argument("--shared-memory-gb", type=float, default=0.1)
     parser.add_argument("--skip", action="append", default=[], choices=CHECKS)
     given = parser.parse_args()
-    wanted = Wanted(given.gpus, given.disk_gb, given.shared_memory_gb, given.run)
+    wanted = NodeRequirements(given.gpus, given.disk_gb, given.shared_memory_gb, given.run)
     print(json.dumps(examine(wanted, skip=given.skip)), flush=True)
     return 0
 

@@ -23,7 +23,7 @@ from checkpoints_tools.huggingface.generator import Generator, open_generator
 from mmscale.config.derived import global_micro_batches
 from mmscale.data.prepared.manifest import check_tokenizers, read_blend
 from mmscale.data.prepared.validation import read_validation
-from mmscale.data.stream.asked import Answers, Asked
+from mmscale.data.stream.answer_requests import AnswerRequest, Answers
 from mmscale.data.stream.conditions import conditional_labels
 from mmscale.data.stream.micro_batch import MicroBatch
 from mmscale.data.stream.mixture import Mixture
@@ -137,7 +137,7 @@ class _ExportScorer:
                     total[modalities] += _sum(log_z[trained].double().square())
         return mean_losses(total, self.vocabulary.names)
 
-    def answers(self, asked: Sequence[Asked]) -> Answers:
+    def answers(self, asked: Sequence[AnswerRequest]) -> Answers:
         """The answers, with one row for all documents that have the same input."""
         askers: dict[tuple[int, ...], list[int]] = {}
         for number, one in enumerate(asked):

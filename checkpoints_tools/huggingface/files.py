@@ -23,7 +23,7 @@ from mmscale.checkpoint.tensors import TensorEntry
 from mmscale.errors import CheckpointError
 from mmscale.runtime import device
 from mmscale.runtime.atomic_files import fsync
-from mmscale.runtime.file_modes import as_umask_says
+from mmscale.runtime.file_modes import apply_umask
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -110,7 +110,7 @@ def _plan(source: Weights, moves: Sequence[Move], shard_bytes: int) -> list[set[
 
 def _write(file: Path, shard: dict[str, Tensor]) -> None:
     save_file(shard, file, metadata={"format": "pt"})
-    as_umask_says(file)
+    apply_umask(file)
     fsync(file)
 
 

@@ -117,7 +117,7 @@ def export(
             routing=routing,
             tokens_per_image=own.tokens_per_image,
         ) | settings(config, own.about)
-        _write_beside(folder, config, own)
+        _write_companions(folder, config, own)
         on_stage("files")
         report = _judged(folder, content, run, source, config, own, written, out, routing=routing, on_stage=on_stage)
         on_stage("gate")
@@ -220,7 +220,7 @@ def tokenizers_of(config: Config, source: RunWeights, data: Path | None) -> Data
     return DataTokenizers(folder, vocabulary, text, codecs, about)
 
 
-def _write_beside(folder: Path, config: Config, own: DataTokenizers) -> None:
+def _write_companions(folder: Path, config: Config, own: DataTokenizers) -> None:
     """Write all files except weights, config.json, the card and the report."""
     rows, context = config.vocab.padded_size, config.model.seq_length
     write_text_tokenizer(folder, own.text, own.vocabulary, rows=rows, context=context)

@@ -251,12 +251,12 @@ def _followed(session: Session, folder: Path, *, steps: int, missing: str | None
             session.check(name, LOSS, functools.partial(compare, recipe))
 
 
-def _unheard(*_: object, **__: object) -> None:
+def _ignore_event(*_: object, **__: object) -> None:
     pass
 
 
 def _manager(folder: Path) -> CheckpointManager:
-    return CheckpointManager(folder, every=0, keep=9, attempt=1, info={}, on_event=_unheard)
+    return CheckpointManager(folder, every=0, keep=9, attempt=1, info={}, on_event=_ignore_event)
 
 
 def _held(state: TrainState) -> list[Tensor]:

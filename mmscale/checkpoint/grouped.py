@@ -232,7 +232,7 @@ def send(
         except (ConnectionError, TimeoutError):
             pass  # the other side has ended; it may have sent a reason
         except OSError as error:
-            _tell_failure(peer, error)
+            _send_failure(peer, error)
             raise
         return _answer(peer, group)
 
@@ -248,7 +248,7 @@ def _send_part(peer: socket.socket, part: Callable[[Any], None], on_write: Calla
     peer.sendall(_LENGTH.pack(0))
 
 
-def _tell_failure(peer: socket.socket, error: OSError) -> None:
+def _send_failure(peer: socket.socket, error: OSError) -> None:
     reason = f"{error.strerror or error or type(error).__name__}".encode()
     try:
         peer.sendall(_LENGTH.pack(-len(reason)) + reason)

@@ -17,7 +17,7 @@ from typing import Any
 
 from mmscale import bounded
 from mmscale.checkpoint import integrity, publish
-from mmscale.checkpoint.save_settings import Best
+from mmscale.checkpoint.save_settings import BestCheckpoint
 from mmscale.errors import CheckpointError
 from mmscale.runtime.atomic_files import TEMPORARY, fsync, write_atomic
 
@@ -236,12 +236,16 @@ class Store:
         named = self.named_best()
         return None if named is None else named.step
 
-    def named_best(self) -> Best | None:
+    def named_best(self) -> BestCheckpoint | None:
         """The best checkpoint according to the newest one, if it still exists."""
         steps = self.steps()
         try:
             found = self.info(steps[-1])[BEST] if steps else None
-            best = None if found is None else Best(str(found["metric"]), int(found["step"]), float(found["value"]))
+            best = (
+                None
+                if found is None
+                else BestCheckpoint(str(found["metric"]), int(found["step"]), float(found["value"]))
+            )
         except (CheckpointError, *bounded.BAD_CONTENT):
             return None
         return best if best is not None and best.step in steps else None

@@ -47,7 +47,7 @@ class Retention:
 
 
 @dataclass(frozen=True)
-class Best:
+class BestCheckpoint:
     """The best checkpoint of a run so far; stored in INFO of every checkpoint.
 
     Attributes:

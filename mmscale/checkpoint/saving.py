@@ -18,11 +18,11 @@ from typing import Any
 import torch
 
 from mmscale.checkpoint import grouped, random_states, write
-from mmscale.checkpoint.flight import Flight, Here, start
 from mmscale.checkpoint.forked import Forked, Send
 from mmscale.checkpoint.integrity import CheckpointManifest
 from mmscale.checkpoint.layout import BEST, INFO, Store, info_text
-from mmscale.checkpoint.save_settings import Best, Provenance, Retention, SaveSettings
+from mmscale.checkpoint.pending_save import InlineTask, PendingSave, start
+from mmscale.checkpoint.save_settings import BestCheckpoint, Provenance, Retention, SaveSettings
 from mmscale.checkpoint.shard_files import Content
 from mmscale.checkpoint.write import Written
 from mmscale.errors import SaveError
@@ -72,22 +72,22 @@ class Saver:
         self.on_point = on_point
         self.verified: set[int] = set()
         self.failures = self.skipped = 0
-        self.best: Best | None = None
+        self.best: BestCheckpoint | None = None
         self._in_a_row = 0
         self._reason = ""
         self._step_time_saving: float | None = None
         self._planner: write.Planner | None = None
         self._group: grouped.Group | None = None
         self._number = 0
-        self._flight: Flight | None = None
-        self._clearing: list[Forked | Here] = []  # cleaning processes, for which nothing waits
+        self._pending: PendingSave | None = None
+        self._clearing: list[Forked | InlineTask] = []  # cleaning processes, for which nothing waits
         self._rank = torch.distributed.get_rank()
         self._size = torch.distributed.get_world_size()
 
     @property
     def under_way(self) -> bool:
         """Whether a save is in progress; the same on every rank."""
-        return self._flight is not None
+        return self._pending is not None
 
     def waits_before(self, step: int) -> bool:
         """Whether a save of this step, which may not be skipped, waits for the one in progress."""
@@ -110,9 +110,9 @@ class Saver:
         Raises:
             SaveError: the last save failed twice, or too many in a row failed.
         """
-        if self._flight is not None and not last and not self.waits_before(step):
+        if self._pending is not None and not last and not self.waits_before(step):
             self.skipped += 1
-            self._emit("save_skipped", step=step, under_way=self._flight.step)
+            self._emit("save_skipped", step=step, under_way=self._pending.step)
             return
         self._finish()
         for _ in range(_TRIES if last else 1):
@@ -132,12 +132,12 @@ class Saver:
 
         Called once at every step boundary; takes microseconds. Pass the maximum over all ranks to `advance`.
         """
-        flight = self._flight
+        pending = self._pending
         self._clearing = [task for task in self._clearing if task.poll()]
-        if flight is None:
+        if pending is None:
             return 0, 0
-        flight.boundaries += 1
-        return self._word(flight)
+        pending.boundaries += 1
+        return self._status(pending)
 
     def advance(self, working: int, failed: int) -> None:
         """Advance the save in progress; every rank calls it with the same numbers.
@@ -167,17 +167,17 @@ class Saver:
         Args:
             within_s: from now on [seconds].
         """
-        if (flight := self._flight) is not None:
-            flight.shortened_s = min(flight.shortened_s, time.monotonic() - flight.began + max(0.0, within_s))
+        if (pending := self._pending) is not None:
+            pending.shortened_s = min(pending.shortened_s, time.monotonic() - pending.began + max(0.0, within_s))
 
     def close(self) -> None:
         """End all processes. Not a collective, so the error path can use it. A save in progress is lost."""
-        if self._flight is not None and self._flight.task is not None:
-            self._flight.task.kill()
+        if self._pending is not None and self._pending.task is not None:
+            self._pending.task.kill()
         for task in self._clearing:
             task.wait(timeout_s=_GRACE_S)
             task.kill()
-        self._clearing, self._flight = [], None
+        self._clearing, self._pending = [], None
 
     def figures(self) -> dict[str, float]:
         """For metrics.jsonl: counts of this attempt, and the mean step time during a save that has just ended."""
@@ -202,16 +202,16 @@ class Saver:
         try:
             plan = self._planner.plan(sharded())
             folder = self.store.temporary(step, self.provenance.attempt, self._number)
-            flight = self._flight = Flight(step, self._number, folder, plan, began, best=self._best_of(step))
-            flight.task = start(
-                self._writing(flight, listener), name="the writer", asynchronous=self.settings.asynchronous
+            pending = self._pending = PendingSave(step, self._number, folder, plan, began, best=self._best_of(step))
+            pending.task = start(
+                self._writing(pending, listener), name="the writer", asynchronous=self.settings.asynchronous
             )
         finally:
             if listener is not None:
                 listener.close()
-        flight.blocked_s += time.monotonic() - began
+        pending.blocked_s += time.monotonic() - began
 
-    def _best_of(self, step: int) -> Best | None:
+    def _best_of(self, step: int) -> BestCheckpoint | None:
         """The best checkpoint after the commit of this save; rank 0 writes its name."""
         best = self.best
         if best is None or self._rank != 0 or best.step in (step, *self.store.steps()):
@@ -221,14 +221,14 @@ class Saver:
     def _listen(self, group: grouped.Group | None, number: int) -> grouped.Listener | None:
         return grouped.Listener(group, number) if group is not None and group.first == self._rank else None
 
-    def _writing(self, flight: Flight, listener: grouped.Listener | None) -> Callable[[Send], Written]:
+    def _writing(self, pending: PendingSave, listener: grouped.Listener | None) -> Callable[[Send], Written]:
         """A function that writes this rank's part of a save, for any process that has the memory."""
-        plan, step, group = flight.plan, flight.step, self._group
+        plan, step, group = pending.plan, pending.step, self._group
         # Next to the tensors: this rank's random state; megatron-core would keep only one per stage and tensor rank.
         random = random_states.serialize(random_state.capture())
         extra: dict[str, Content] = {}
         if self._rank == 0:
-            best = {} if flight.best is None else {BEST: asdict(flight.best)}
+            best = {} if pending.best is None else {BEST: asdict(pending.best)}
             text = info_text({**self.provenance.info, "step": step, **best}).encode()
             extra[INFO] = lambda file: file.write(text)
 
@@ -237,140 +237,140 @@ class Saver:
 
         within_s = self.settings.deadline_s
         if group is None:
-            return lambda send: write.write(plan, flight.folder, random=random, extra=extra, on_write=on_write)
+            return lambda send: write.write(plan, pending.folder, random=random, extra=extra, on_write=on_write)
         if listener is not None:
             return lambda send: write.write_for_group(
-                plan, flight.folder, listener, random=random, extra=extra, on_write=on_write, timeout_s=within_s
+                plan, pending.folder, listener, random=random, extra=extra, on_write=on_write, timeout_s=within_s
             )
         return lambda send: write.send_to_group(
-            plan, group, flight.number, random=random, on_write=on_write, timeout_s=within_s
+            plan, group, pending.number, random=random, on_write=on_write, timeout_s=within_s
         )
 
     def _finish(self) -> bool:
         """Wait for the save in progress; returns whether it was committed. Each rank waits for its own process only."""
         committed = True
-        while (flight := self._flight) is not None:
-            if flight.task is not None:
-                left = flight.began + min(self.settings.deadline_s, flight.shortened_s) - time.monotonic()
-                flight.task.wait(timeout_s=max(0.0, min(left, _AGREE_S)))
-            agreed = torch.tensor(self._word(flight), device=device.taken())
+        while (pending := self._pending) is not None:
+            if pending.task is not None:
+                left = pending.began + min(self.settings.deadline_s, pending.shortened_s) - time.monotonic()
+                pending.task.wait(timeout_s=max(0.0, min(left, _AGREE_S)))
+            agreed = torch.tensor(self._status(pending), device=device.taken())
             torch.distributed.all_reduce(agreed, op=torch.distributed.ReduceOp.MAX)
             committed = self._advance(*map(int, agreed.tolist()))
         return committed
 
-    def _word(self, flight: Flight) -> tuple[int, int]:
-        if flight.task is None or not flight.task.poll():
-            flight.problem = flight.task.problem if flight.task is not None else None
-            return 0, int(flight.problem is not None)
-        limit, rule = min((self.settings.deadline_s, "checkpoint.deadline"), (flight.shortened_s, "--grace of a stop"))
-        if time.monotonic() > flight.began + limit:
-            doing = "writing" if flight.phase == "write" else "committing"
-            flight.problem = f"still {doing} after {limit:.4g} s ({rule})"
-        return 1, int(flight.problem is not None)
+    def _status(self, pending: PendingSave) -> tuple[int, int]:
+        if pending.task is None or not pending.task.poll():
+            pending.problem = pending.task.problem if pending.task is not None else None
+            return 0, int(pending.problem is not None)
+        limit, rule = min((self.settings.deadline_s, "checkpoint.deadline"), (pending.shortened_s, "--grace of a stop"))
+        if time.monotonic() > pending.began + limit:
+            doing = "writing" if pending.phase == "write" else "committing"
+            pending.problem = f"still {doing} after {limit:.4g} s ({rule})"
+        return 1, int(pending.problem is not None)
 
     def _advance(self, working: int, failed: int) -> bool:
         """Do the next part of the save. False: the save was abandoned."""
-        flight, began = self._flight, time.monotonic()
-        if flight is None or (working and not failed):
+        pending, began = self._pending, time.monotonic()
+        if pending is None or (working and not failed):
             return True
         if failed:
-            return self._abort(flight)
-        if flight.phase == "write":
-            self._commit(flight)
-            flight.blocked_s += time.monotonic() - began
+            return self._abort(pending)
+        if pending.phase == "write":
+            self._commit(pending)
+            pending.blocked_s += time.monotonic() - began
         else:
-            self._end(flight)
+            self._end(pending)
         return True
 
-    def _commit(self, flight: Flight) -> None:
+    def _commit(self, pending: PendingSave) -> None:
         """All ranks have written: rank 0 gathers their records and starts the commit."""
-        assert flight.task is not None
-        self.on_point("finalize", flight.step)
+        assert pending.task is not None
+        self.on_point("finalize", pending.step)
         first = self._rank == 0
         parts: list[Any] | None = [None] * self._size if first else None
-        torch.distributed.gather_object(flight.task.result, parts)
-        flight.phase, flight.task = "commit", None
+        torch.distributed.gather_object(pending.task.result, parts)
+        pending.phase, pending.task = "commit", None
         if parts is None:
             return
-        flight.written = parts
+        pending.written = parts
         manifest = CheckpointManifest(
-            step=flight.step,
+            step=pending.step,
             attempt=self.provenance.attempt,
             config_digest=str(self.provenance.info.get("config_digest", "")),
             code_version=self.provenance.code_version,
             topology=groups.topology(),
             files={name: record for part in parts for name, record in part.files.items()},
         )
-        verified = {*self.verified, flight.step}
+        verified = {*self.verified, pending.step}
         # The best one when this save began; a better one that was found since then is not committed yet.
-        spared = () if flight.best is None else (flight.best.step,)
+        spared = () if pending.best is None else (pending.best.step,)
 
         def work(send: Send) -> None:
             self.store.on_stage("write")
-            self.on_point("commit", flight.step)
+            self.on_point("commit", pending.step)
             index = write.write_index(
-                flight.plan, parts, flight.folder, on_write=lambda *_: self.on_point("write", flight.step)
+                pending.plan, parts, pending.folder, on_write=lambda *_: self.on_point("write", pending.step)
             )
             manifest.files.update(index)
             self.store.on_stage("index")
-            self.store.commit(manifest, number=flight.number)
+            self.store.commit(manifest, number=pending.number)
             send(_COMMITTED)
             self.store.prune(self.retention.keep, permanent=self.retention.keeps, verified=verified, spared=spared)
 
-        flight.task = start(work, name="the commit", asynchronous=self.settings.asynchronous)
+        pending.task = start(work, name="the commit", asynchronous=self.settings.asynchronous)
 
-    def _end(self, flight: Flight, *, problem: str = "") -> None:
-        seconds = time.monotonic() - flight.began
-        self._flight, self._in_a_row = None, 0
-        self.verified.add(flight.step)
+    def _end(self, pending: PendingSave, *, problem: str = "") -> None:
+        seconds = time.monotonic() - pending.began
+        self._pending, self._in_a_row = None, 0
+        self.verified.add(pending.step)
         fields: dict[str, Any] = {"problem": problem} if problem else {}
-        if flight.boundaries > 1:
-            self._step_time_saving = (seconds - flight.blocked_s) / flight.boundaries
+        if pending.boundaries > 1:
+            self._step_time_saving = (seconds - pending.blocked_s) / pending.boundaries
             fields["step_time_s"] = round(self._step_time_saving, 4)
-        records = [record for part in flight.written for record in part.files.values()]
+        records = [record for part in pending.written for record in part.files.values()]
         self._emit(
             "save_committed",
-            step=flight.step,
+            step=pending.step,
             seconds=round(seconds, 3),
-            blocked_s=round(flight.blocked_s, 4),
+            blocked_s=round(pending.blocked_s, 4),
             bytes=sum(record.size for record in records),
-            hash_s=round(max((part.hash_s for part in flight.written), default=0.0), 4),
+            hash_s=round(max((part.hash_s for part in pending.written), default=0.0), 4),
             **fields,
         )
 
-    def _abort(self, flight: Flight) -> bool:
+    def _abort(self, pending: PendingSave) -> bool:
         """A rank's part failed, so all ranks abandon this save. True if it was committed nevertheless."""
         committed = False
-        if flight.task is not None:
-            if flight.problem is None and not flight.task.poll():
-                flight.problem = flight.task.problem
-            if not flight.task.kill():
-                self._clearing.append(flight.task)
-            committed = _COMMITTED in flight.task.messages
-        found = groups.gathered((flight.problem, committed))
+        if pending.task is not None:
+            if pending.problem is None and not pending.task.poll():
+                pending.problem = pending.task.problem
+            if not pending.task.kill():
+                self._clearing.append(pending.task)
+            committed = _COMMITTED in pending.task.messages
+        found = groups.gathered((pending.problem, committed))
         problems = {rank: problem for rank, (problem, _) in enumerate(found) if problem is not None}
         if any(committed for _, committed in found):  # the commit succeeded; only the cleaning up failed
-            self._end(flight, problem=next(iter(problems.values()), ""))
+            self._end(pending, problem=next(iter(problems.values()), ""))
             return True
         first_hand = {rank: why for rank, why in problems.items() if not why.startswith(grouped.ELSEWHERE)}
         rank, reason = next(iter((first_hand or problems).items()))
         if not first_hand:  # the rank that failed first may not know of its own failure yet
             rank, reason = grouped.origin(reason) or (rank, reason)
-        self._flight = None
+        self._pending = None
         self.failures += 1
         self._in_a_row += 1
         self._reason = f"rank {rank}: {reason}"
         self._emit(
             "save_failed",
-            step=flight.step,
+            step=pending.step,
             rank=rank,
             reason=reason,
             ranks=sorted(problems),
-            seconds=round(time.monotonic() - flight.began, 3),
+            seconds=round(time.monotonic() - pending.began, 3),
             in_a_row=self._in_a_row,
         )
         if self._rank == 0:
-            self._remove(flight.folder)
+            self._remove(pending.folder)
         return False
 
     def _remove(self, folder: Path) -> None:

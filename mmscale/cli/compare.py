@@ -45,11 +45,11 @@ def compare(
     if out is not None and out.suffix != ".png":
         raise UsageError(f"--out {out}: the plot is a .png", remedy="write --out eta.png")
     from mmscale.report import compare as comparing
-    from mmscale.report import compare_view, look
+    from mmscale.report import compare_view, figure_style
 
     found = comparing.compare(baseline, runs, shares=shares, losses=loss or ())
     if out is not None:
-        look.save_figure(compare_view.step_matching(found), out)
+        figure_style.save_figure(compare_view.step_matching(found), out)
     emit(found.as_dict(), as_json=as_json, text=lambda: typer.echo(compare_view.render(found)))
 
 

@@ -85,9 +85,9 @@ def prepare(
         changes.insert(0, spec)
         spec = ""
     config = _spec(spec, changes, documents or [], like)
-    from mmscale.data.in_processes import run_stages
     from mmscale.data.prepared import inspect_set
     from mmscale.data.prepared import prepare as preparing
+    from mmscale.data.process_pool import run_stages
 
     given: dict[str, Any] = {"strict": strict or None, "workers": workers, "progress": not as_json}
     if cluster is not None and tasks is None:

@@ -114,7 +114,7 @@ def dedup(
     """
     from mmscale.data.dedup import apply, shared
     from mmscale.data.dedup.pairs import DuplicateRule
-    from mmscale.data.in_processes import run_stages
+    from mmscale.data.process_pool import run_stages
     from mmscale.data.progress import Reporter
 
     if match not in MATCHES:

@@ -163,7 +163,7 @@ def _tasks(named: list[str]) -> tuple[dict[str, Path], list[str]]:
 def _evaluation(result: dict[str, Any]) -> None:
     from rich.table import Table
 
-    from mmscale.runs.plain_words import words
+    from mmscale.runs.display_names import in_words
 
     table = Table(box=None, pad_edge=False)
     for column in ("measured", "value", "routing"):
@@ -180,7 +180,7 @@ def _evaluation(result: dict[str, Any]) -> None:
     shown = console()
     apart = ("routing", "sees_later_tokens")
     plain = {key: value for key, value in result.items() if isinstance(value, str | int) and key not in apart}
-    pairs((words(key), value) for key, value in plain.items())
+    pairs((in_words(key), value) for key, value in plain.items())
     shown.print(table)
     for name, task in tasks.items():
         if task["not_asked"]:

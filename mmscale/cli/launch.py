@@ -263,7 +263,7 @@ def _table(found: list[dict[str, Any]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from mmscale.runs.plain_words import TIME_PARTS
+    from mmscale.runs.display_names import TIME_PARTS
     from mmscale.train.log.progress_lines import count, duration
 
     table = Table(box=None, pad_edge=False)

@@ -28,7 +28,7 @@ from mmscale.cli.sample_options import (
     refuse_with_batch_routing,
     texts_of,
 )
-from mmscale.cli.sampled import Drawn, Made, recognised, show, written
+from mmscale.cli.sampled import GeneratedItem, GeneratedSample, recognised, show, written
 from mmscale.errors import UsageError
 from mmscale.runtime.activity import report_activity
 from mmscale.tables.routings import Routing, meanings
@@ -316,7 +316,7 @@ def _continued(
     holes: HoleOptions | None,
     best_of: int,
     captions: tuple[str, ...],
-) -> tuple[dict[str, Any], list[Drawn]]:
+) -> tuple[dict[str, Any], list[GeneratedSample]]:
     from checkpoints_tools.huggingface.best_of import best_samples
     from checkpoints_tools.huggingface.infill import infill
     from checkpoints_tools.huggingface.prompts import Prompt
@@ -331,7 +331,7 @@ def _continued(
     for line in opened.resized(asked[0]) if asked[0].images else ():
         typer.echo(f"note: {line}", err=True)
     drawn = [
-        Drawn(
+        GeneratedSample(
             one.prompt.text,
             [_made(piece) for piece in one.pieces],
             len(one.ids),
@@ -352,8 +352,8 @@ def _made(piece: Any) -> Any:
         return piece
     if isinstance(piece, PIL.Image.Image):
         pixels = np.asarray(piece)
-        return Made("image", pixels.reshape(*pixels.shape[:2], -1))
-    return Made(piece.modality, piece.values, piece.codec.codec)
+        return GeneratedItem("image", pixels.reshape(*pixels.shape[:2], -1))
+    return GeneratedItem(piece.modality, piece.values, piece.codec.codec)
 
 
 def _compared(path: Path, opened: Any, modality: str, unconditional: str) -> GuidanceSweep:
@@ -370,7 +370,7 @@ def _with_batch_routing(
     count: int,
     sampling: Sampling,
     shared: RankEnv | None,
-) -> tuple[dict[str, Any], list[Drawn]]:
+) -> tuple[dict[str, Any], list[GeneratedSample]]:
     from mmscale.inference.draw import draw
     from mmscale.inference.model import open_run
 
@@ -385,4 +385,8 @@ def _with_batch_routing(
             modality=modality or "image",
         )
         facts = {"run": str(run), "step": model.step, "routing": "batch"}
-    return facts, [Drawn(one.prompt, [Made(one.modality, own, one.codec)]) for one in drawings for own in one.items]
+    return facts, [
+        GeneratedSample(one.prompt, [GeneratedItem(one.modality, own, one.codec)])
+        for one in drawings
+        for own in one.items
+    ]

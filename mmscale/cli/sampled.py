@@ -15,7 +15,7 @@ _BATCH = (
 
 
 @dataclass
-class Made:
+class GeneratedItem:
     """A generated item.
 
     Attributes:
@@ -30,7 +30,7 @@ class Made:
 
 
 @dataclass
-class Drawn:
+class GeneratedSample:
     """Texts and items for one prompt, in order; for the best of several, `likelihood` of the prompt [nats]."""
 
     prompt: str
@@ -40,7 +40,7 @@ class Drawn:
     likelihood: float | None = None
 
 
-def written(drawn: list[Drawn], prompts: list[str], count: int, out: Path) -> dict[str, Any]:
+def written(drawn: list[GeneratedSample], prompts: list[str], count: int, out: Path) -> dict[str, Any]:
     """Writes items and returns a summary: `samples`, `images`, `files` by modality, `sheet` (None without items)."""
     from mmscale.data.modalities.table import MODALITIES
     from mmscale.report.figures import sample_rows
@@ -74,12 +74,15 @@ def written(drawn: list[Drawn], prompts: list[str], count: int, out: Path) -> di
     return {"sheet": sheet, "images": files["image"], "files": files, "samples": samples}
 
 
-def recognised(drawn: list[Drawn]) -> dict[str, Any]:
+def recognised(drawn: list[GeneratedSample]) -> dict[str, Any]:
     """How many drawn digits a classifier reads as requested, in all and by word."""
     from mmscale.inference.recognise import recognise
 
     first = [
-        next((piece.values for piece in one.pieces if isinstance(piece, Made) and piece.modality == "image"), None)
+        next(
+            (piece.values for piece in one.pieces if isinstance(piece, GeneratedItem) and piece.modality == "image"),
+            None,
+        )
         for one in drawn
     ]
     found = recognise([(one.prompt, picture) for one, picture in zip(drawn, first, strict=True)])

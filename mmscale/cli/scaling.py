@@ -57,7 +57,7 @@ def fit(
     tokens = _tokens(at)
     if out is not None and out.suffix != ".png":
         raise UsageError(f"--out {out}: the picture is a .png", remedy="write --out scaling.png")
-    from mmscale.report import look, scaling, scaling_runs, scaling_view
+    from mmscale.report import figure_style, scaling, scaling_runs, scaling_view
     from mmscale.report.run_losses import View
 
     points = scaling_runs.read_points(
@@ -66,7 +66,7 @@ def fit(
     seen = scaling_runs.observations(points)
     found = scaling.fit(seen, replicas=bootstrap)
     if out is not None:
-        look.save_figure(scaling_view.picture(found, seen), out)
+        figure_style.save_figure(scaling_view.picture(found, seen), out)
     result = scaling_view.summary(found, seen, tokens=tokens)
     emit(result, as_json=as_json, text=lambda: typer.echo(scaling_view.render(result)))
 

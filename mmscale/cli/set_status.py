@@ -28,9 +28,9 @@ def state_of(folder: Path, table: JobTable) -> dict[str, Any] | None:
     if not (folder / "plan.json").is_file():  # before the import, which takes a second
         return None
     from mmscale.data.prepared.folder import JOBS
-    from mmscale.data.prepared.shares import how_far
+    from mmscale.data.prepared.shares import preparation_status
 
-    found = how_far(folder)
+    found = preparation_status(folder)
     if found is None:
         return None
     found |= {"logs": str(folder / JOBS), "ended": found["state"] in ("prepared", "failed")}

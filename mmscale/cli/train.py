@@ -61,7 +61,7 @@ def train(
     """
     from mmscale.config.load import load
     from mmscale.runtime import console
-    from mmscale.train import holding
+    from mmscale.train import training_lock
     from mmscale.train.stages.table import STAGES
 
     console.guard()
@@ -72,7 +72,7 @@ def train(
     starts = ranks.starts_ranks(nproc)
     env = RankEnv() if starts else ranks.own_rank(nproc)
     if env.world_size == 1:  # in a process group the first rank refuses on behalf of all
-        holding.refuse_held(main_run, entry)
+        training_lock.refuse_held(main_run, entry)
     if from_scratch:
         from mmscale.train.scratch import start_from_scratch
 
@@ -82,12 +82,12 @@ def train(
         entry.preflight(loaded, world_size=nproc, yes=yes)  # printed once here instead of by every rank
         _exit_if_done(entry, loaded, as_json=as_json)
         raise typer.Exit(_start_ranks(nproc, main_run, entry))
-    if env.is_first and not holding.is_launched():  # a wrong path is named before torch has been loaded
+    if env.is_first and not training_lock.is_launched():  # a wrong path is named before torch has been loaded
         entry.preflight(loaded, world_size=env.world_size, yes=yes)
         if env.world_size == 1:  # other ranks would wait for this one
             _exit_if_done(entry, loaded, as_json=as_json)
     with (
-        holding.claimed(main_run, entry, env) as claim,
+        training_lock.claimed(main_run, entry, env) as claim,
         ActivityReporter("loading torch and megatron-core", enabled=env.is_first) as starting,
     ):
         from mmscale.train import run
@@ -100,9 +100,9 @@ def train(
 
 def _exit_if_done(entry: StageEntry, config: Config, *, as_json: bool) -> None:
     """End the command if nothing is left to train, before anything is loaded or written."""
-    from mmscale.train.nothing_left import nothing_left
+    from mmscale.train.already_done import already_done
 
-    if said := nothing_left(entry, config):
+    if said := already_done(entry, config):
         typer.echo(said, err=True)
         if as_json:
             _emit(entry.folder(Path(config.run.dir) / config.run.name), 0)
@@ -121,13 +121,13 @@ def _start_ranks(nproc: int, run: Path, stage: StageEntry) -> int:
     """Train with local ranks; returns their exit status. Holds the run's lease unless a launch's job holds it."""
     from mmscale.resilience.lease import VARIABLE, launched_attempt
     from mmscale.runs.attempts import next_attempt
-    from mmscale.train import holding
+    from mmscale.train import training_lock
 
     folder = stage.folder(run)
     with contextlib.ExitStack() as stack:
         environ = dict(os.environ)
-        if not holding.is_launched():
-            environ[VARIABLE] = stack.enter_context(holding.held(run, stage))
+        if not training_lock.is_launched():
+            environ[VARIABLE] = stack.enter_context(training_lock.held(run, stage))
         attempt = launched_attempt(folder, environ) or next_attempt(folder)
         return ranks.start(nproc, log_dir=folder / "logs" / f"attempt_{attempt}", environ=environ)
 

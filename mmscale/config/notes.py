@@ -27,7 +27,7 @@ from mmscale.tables.settings import (
 from mmscale.tables.table import Table
 
 
-class Need(NamedTuple):
+class Condition(NamedTuple):
     """Settings that have an effect only if another setting allows it.
 
     Attributes:
@@ -47,26 +47,26 @@ def _prepare(met: Callable[[PrepareConfig], bool]) -> Callable[[Config], bool]:
     return lambda config: config.data.prepare is None or met(config.data.prepare)
 
 
-def _schedule(section: str) -> list[Need]:
+def _schedule(section: str) -> list[Condition]:
     def optim(config: Config) -> OptimConfig:
         stage, _, _ = section.rpartition(".")
         own: OptimConfig = getattr(config, stage).optim if stage else config.optim
         return own
 
-    def plugged(setting: str, table: Table[Any]) -> Need:
-        return Need(
+    def plugged(setting: str, table: Table[Any]) -> Condition:
+        return Condition(
             section,
             (f"{setting}_args",),
             f"a plug-in as {section}.{setting}",
             lambda config: getattr(optim(config), setting) not in table,
         )
 
-    def read(setting: str) -> Need:
+    def read(setting: str) -> Condition:
         readers = [name for name, schedule in SCHEDULES.items() if setting in schedule.reads]
         others = [name for name in SCHEDULES if name not in readers]
         words = f"another {section}.schedule than {' or '.join(others)}" if len(others) < len(readers) else ""
         # A plug-in may read any of them.
-        return Need(
+        return Condition(
             section,
             (setting,),
             words or f"{section}.schedule = {' or '.join(readers)}",
@@ -85,24 +85,24 @@ def _image_kind_reads(readers: list[str], unread: list[str], prepare: PrepareCon
     return prepare.image.kind not in unread if plugged else prepare.image.kind in readers
 
 
-def _tokenizers() -> Iterator[Need]:
+def _tokenizers() -> Iterator[Condition]:
     for setting in dict.fromkeys(setting for kind in IMAGE_TOKENIZERS.values() for setting in kind.reads):
         readers = [name for name, kind in IMAGE_TOKENIZERS.items() if setting in kind.reads]
         unread = [name for name in IMAGE_TOKENIZERS if name not in readers]
         met = _prepare(functools.partial(_image_kind_reads, readers, unread, plugged=setting in _PLUGGED))
-        yield Need("data.prepare.image", (setting,), f"data.prepare.image.kind = {' or '.join(readers)}", met)
+        yield Condition("data.prepare.image", (setting,), f"data.prepare.image.kind = {' or '.join(readers)}", met)
     plugged_in = _prepare(lambda prepare: prepare.image.kind not in IMAGE_TOKENIZERS)
-    yield Need("data.prepare.image", ("kind_args",), "a plug-in as data.prepare.image.kind", plugged_in)
+    yield Condition("data.prepare.image", ("kind_args",), "a plug-in as data.prepare.image.kind", plugged_in)
     plugged_in = _prepare(lambda prepare: prepare.text.kind not in TEXT_TOKENIZERS)
-    yield Need("data.prepare.text", ("kind_args",), "a plug-in as data.prepare.text.kind", plugged_in)
+    yield Condition("data.prepare.text", ("kind_args",), "a plug-in as data.prepare.text.kind", plugged_in)
 
 
-def _rope_scaling() -> Iterator[Need]:
+def _rope_scaling() -> Iterator[Condition]:
     section = "model.rope_scaling"
     for setting in dict.fromkeys(setting for scaling in ROPE_SCALINGS.values() for setting in scaling.reads):
         readers = [name for name, scaling in ROPE_SCALINGS.items() if setting in scaling.reads]
         met = functools.partial(_rope_reads, readers)
-        yield Need(section, (setting,), f"{section}.rope_type = {' or '.join(readers)}", met)
+        yield Condition(section, (setting,), f"{section}.rope_type = {' or '.join(readers)}", met)
 
 
 def _rope_reads(readers: list[str], config: Config) -> bool:
@@ -112,94 +112,94 @@ def _rope_reads(readers: list[str], config: Config) -> bool:
 
 _WITH_EXPERTS = " or ".join(name for name, kind in KINDS.items() if kind.experts)
 _EXPERTS = ("capacity_factor", "capacity_multiple", "compute", "fused_swiglu")
-NEEDS: tuple[Need, ...] = (
-    Need("train", ("loss_args",), "a plug-in as train.loss", lambda config: config.train.loss not in LOSSES),
+NEEDS: tuple[Condition, ...] = (
+    Condition("train", ("loss_args",), "a plug-in as train.loss", lambda config: config.train.loss not in LOSSES),
     *_schedule("optim"),
     *_schedule("auxiliary.optim"),
     *_schedule("sft.optim"),
-    Need(
+    Condition(
         "optim.muon",
         tuple(MuonConfig.model_fields),
         "optim.optimizer = muon",
         lambda config: config.optim.optimizer == "muon",
     ),
-    Need(
+    Condition(
         "auxiliary",
         ("steps", "micro_batch_size", "global_batch_size", "checkpoint_every"),
         "a separate stage: with model.auxiliary.mode = joint the settings of `train` and `checkpoint` apply",
         lambda config: config.model.auxiliary.mode != "joint",
     ),
-    Need(
+    Condition(
         "parallel",
         ("recompute_modules",),
         "parallel.recompute = selective",
         lambda config: config.parallel.recompute == "selective",
     ),
-    Need("parallel", ("overlap_p2p", "batch_p2p"), "parallel.pp above 1", lambda config: config.parallel.pp > 1),
-    Need("model.experts", _EXPERTS, f"model.kind = {_WITH_EXPERTS}", lambda config: config.model.has_experts),
-    Need(
+    Condition("parallel", ("overlap_p2p", "batch_p2p"), "parallel.pp above 1", lambda config: config.parallel.pp > 1),
+    Condition("model.experts", _EXPERTS, f"model.kind = {_WITH_EXPERTS}", lambda config: config.model.has_experts),
+    Condition(
         "model.experts",
         ("scope",),
         f"model.kind = {_WITH_EXPERTS}, and with model.experts.token_choice its capacity_factor",
         lambda config: config.model.limits_experts,
     ),
-    Need(
+    Condition(
         "model.experts",
         ("shared_ffn_hidden_size",),
         "model.experts.shared above 0",
         lambda c: c.model.experts.shared > 0,
     ),
     *_rope_scaling(),
-    Need(
+    Condition(
         "precision",
         ("fp8_format",),
         "a recipe in precision.fp8",
         lambda config: config.precision.fp8 != "off",
     ),
-    Need(
+    Condition(
         "precision",
         ("fp8_margin", "fp8_amax_history", "fp8_amax_choice"),
         "precision.fp8 = delayed",
         lambda config: config.precision.fp8 == "delayed",
     ),
-    Need(
+    Condition(
         "checkpoint",
         ("deadline",),
         "checkpoint.asynchronous = true",
         lambda config: config.checkpoint.asynchronous,
     ),
-    Need(
+    Condition(
         "resilience.anomaly",
         ("skip_window",),
         "resilience.anomaly.action = rollback",
         lambda config: config.resilience.anomaly.action == "rollback",
     ),
-    Need(
+    Condition(
         "resilience.anomaly",
         ("budget",),
         "resilience.anomaly.action = skip or rollback, or optim.grad_norm_skip_threshold",
         lambda config: config.resilience.anomaly.action != "log" or _limits_norms(config),
     ),
-    Need(
+    Condition(
         "resilience",
         ("memory_group", "memory_hold"),
         "resilience.memory_every above 0",
         lambda config: config.resilience.memory_every > 0,
     ),
-    Need(
+    Condition(
         "log",
         ("prometheus_address",),
         "log.prometheus_port",
         lambda config: config.log.prometheus_port is not None,
     ),
     *_tokenizers(),
-    Need(
+    Condition(
         "data.prepare.emoji",
         ("font", "annotations", "languages", "skin_tones", "limit"),
         "data.prepare.source = emoji",
         _prepare(lambda prepare: prepare.source == "emoji"),
     ),
-    Need(
+    Condition(
         "data.prepare",
         ("augment",),
         "data.prepare.source = digits",

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from mmscale.data.stream.asked import WantedTokens
+from mmscale.data.stream.answer_requests import WantedTokens
 from mmscale.data.stream.packed import fill_rows, pack_rows
 from mmscale.inference.model import RunModel, stepper_of
 from mmscale.tables.routings import Routing

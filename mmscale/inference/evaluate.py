@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmscale.config import Config
-from mmscale.data.stream.asked import Answers, Asked
+from mmscale.data.stream.answer_requests import AnswerRequest, Answers
 from mmscale.data.stream.bits import bits_per_byte
 from mmscale.data.stream.mixture import Mixture
 from mmscale.data.stream.packed import fill_rows, pack_rows
@@ -102,7 +102,7 @@ class _RunScorer:
         """The losses, computed as in training."""
         return _losses(self.model, data, self.batches, self.routing, at=self.at)
 
-    def answers(self, asked: Sequence[Asked]) -> Answers:
+    def answers(self, asked: Sequence[AnswerRequest]) -> Answers:
         """The answers, computed as in training."""
         model = self.model
         return answers(

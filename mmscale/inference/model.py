@@ -117,7 +117,7 @@ def open_run(
     groups = process_groups.initialize(place, tp=place.world_size, seed=_SEED)
     try:
         found = _on_first(lambda: _find(run, step), rank=place.rank)
-        config = _here(found.config, ranks=place.world_size, dtype=dtype)
+        config = _adapted(found.config, ranks=place.world_size, dtype=dtype)
         if found.width is not None:
             config = with_width(config, found.width)
         transformer = transformer_config(config)
@@ -170,7 +170,7 @@ def _find(run: Path, step: int | None) -> _Found:
     return _Found(chosen, config, info, folder, routers, width)
 
 
-def _here(config: Config, *, ranks: int, dtype: str | None) -> Config:
+def _adapted(config: Config, *, ranks: int, dtype: str | None) -> Config:
     """The same model over these ranks, in this number format.
 
     Raises:

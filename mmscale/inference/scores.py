@@ -24,7 +24,7 @@ from mmscale.data.prepared.manifest import HELD_OUT, read_manifest
 from mmscale.data.prepared.named_tasks import having, names
 from mmscale.data.prepared.questions import encoder_of, read_questions, tokenizers_folder
 from mmscale.data.prepared.tasks import TaskItem, read_task
-from mmscale.data.stream.asked import Answers, Asked
+from mmscale.data.stream.answer_requests import AnswerRequest, Answers
 from mmscale.data.stream.bits import bits_per_byte
 from mmscale.data.stream.mixture import Mixture, open_mixture
 from mmscale.data.stream.passes import open_passes
@@ -53,7 +53,7 @@ class Scorer(Protocol):
         """`loss`, `loss/<modality>`, `z_loss`, `conditional_loss/<pair>` on one pass over held-out data."""
         ...
 
-    def answers(self, asked: Sequence[Asked]) -> Answers:
+    def answers(self, asked: Sequence[AnswerRequest]) -> Answers:
         """Log-probabilities of the ends of documents."""
         ...
 

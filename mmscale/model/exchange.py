@@ -37,11 +37,11 @@ def largest_everywhere(counts: Tensor, group: ProcessGroup) -> list[int]:
 class _Message:
     """An all-to-all of rows in progress. It keeps a reference to the data that it sends until they have been sent."""
 
-    def __init__(self, rows: Tensor, there: list[int], here: list[int], group: ProcessGroup) -> None:
+    def __init__(self, rows: Tensor, send_counts: list[int], receive_counts: list[int], group: ProcessGroup) -> None:
         self.sent = rows.contiguous()
-        self.received = rows.new_empty(sum(here), rows.shape[1])
+        self.received = rows.new_empty(sum(receive_counts), rows.shape[1])
         self.work = torch.distributed.all_to_all_single(
-            self.received, self.sent, here, there, group=group, async_op=True
+            self.received, self.sent, receive_counts, send_counts, group=group, async_op=True
         )
 
     def wait(self) -> None:
@@ -51,95 +51,98 @@ class _Message:
         del self.sent
 
 
-class _Journey:
+class _Exchange:
     """Data shared by the start and the end of one exchange.
 
     Attributes:
-        to, of: numbers of rows that are sent to, and received from, every rank.
+        send_counts, receive_counts: numbers of rows that are sent to, and received from, every rank.
+        outgoing, incoming_gradient: messages that nothing has waited for yet.
     """
 
-    def __init__(self, there: list[int], here: list[int], group: ProcessGroup) -> None:
-        self.to, self.of = there, here
+    def __init__(self, send_counts: list[int], receive_counts: list[int], group: ProcessGroup) -> None:
+        self.send_counts, self.receive_counts = send_counts, receive_counts
         self.group = group
-        self.there: _Message | None = None
-        self.back: _Message | None = None
+        self.outgoing: _Message | None = None
+        self.incoming_gradient: _Message | None = None
 
 
-class _Depart(torch.autograd.Function):
-    """Starts the message; its output is filled when `_Arrive` has waited.
+class _StartExchange(torch.autograd.Function):
+    """Starts the message; its output is filled when `_FinishExchange` has waited.
 
     Backward: waits for the gradient's message.
     """
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, journey: _Journey) -> Tensor:
-        ctx.journey = journey
-        journey.there = _Message(tensor, journey.to, journey.of, journey.group)
-        return journey.there.received
+    def forward(ctx: Any, tensor: Tensor, exchange: _Exchange) -> Tensor:
+        ctx.exchange = exchange
+        exchange.outgoing = _Message(tensor, exchange.send_counts, exchange.receive_counts, exchange.group)
+        return exchange.outgoing.received
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        message = ctx.journey.back
-        # The gradient is the tensor that `_Arrive` returned, and autograd added nothing to it: the true gradient is
+        message = ctx.exchange.incoming_gradient
+        # The gradient is the tensor that `_FinishExchange` returned; autograd added nothing to it. The true gradient is
         # still in the message.
         assert message is not None and message.sent.data_ptr() == gradients[0].data_ptr()
         message.wait()
-        ctx.journey.back = None
+        ctx.exchange.incoming_gradient = None
         return message.received, None
 
 
-class _Arrive(torch.autograd.Function):
+class _FinishExchange(torch.autograd.Function):
     """Waits for the message. Backward: starts the gradient's message."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, journey: _Journey) -> Tensor:
-        ctx.journey = journey
-        assert journey.there is not None
-        journey.there.wait()
-        journey.there = None
+    def forward(ctx: Any, tensor: Tensor, exchange: _Exchange) -> Tensor:
+        ctx.exchange = exchange
+        assert exchange.outgoing is not None
+        exchange.outgoing.wait()
+        exchange.outgoing = None
         return tensor.view_as(tensor)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        ctx.journey.back = _Message(gradients[0], ctx.journey.of, ctx.journey.to, ctx.journey.group)
-        # A tensor of the shape that autograd expects; `_Depart` reads the gradient from the message.
-        return ctx.journey.back.sent, None
+        ctx.exchange.incoming_gradient = _Message(
+            gradients[0], ctx.exchange.receive_counts, ctx.exchange.send_counts, ctx.exchange.group
+        )
+        # A tensor of the shape that autograd expects; `_StartExchange` reads the gradient from the message.
+        return ctx.exchange.incoming_gradient.sent, None
 
 
-class Travelling:
+class PendingExchange:
     """The rows of one group while they are sent to other ranks. Every rank starts the same exchanges in the same order.
 
     Args:
         rows: [n, H], ordered by the rank that they go to.
-        there: numbers of rows sent to every rank.
-        here: numbers of rows received from every rank.
+        send_counts: numbers of rows sent to every rank.
+        receive_counts: numbers of rows received from every rank.
         group: expert-parallel ranks.
     """
 
-    def __init__(self, rows: Tensor, there: list[int], here: list[int], group: ProcessGroup) -> None:
-        self._journey = _Journey(there, here, group)
-        self._rows = _Depart.apply(rows, self._journey)
+    def __init__(self, rows: Tensor, send_counts: list[int], receive_counts: list[int], group: ProcessGroup) -> None:
+        self._exchange = _Exchange(send_counts, receive_counts, group)
+        self._rows = _StartExchange.apply(rows, self._exchange)
 
     def arrived(self) -> Tensor:
         """The rows from the other ranks, [m, H], ordered by the sending rank. Call it once."""
-        return _Arrive.apply(self._rows, self._journey)
+        return _FinishExchange.apply(self._rows, self._exchange)
 
 
-def send_to_experts(chosen: Tensor, places: Places, group: ProcessGroup) -> Travelling:
+def send_to_experts(chosen: Tensor, places: Places, group: ProcessGroup) -> PendingExchange:
     """Start sending a group's chosen tokens [E, C, H] to the ranks of their experts."""
-    there, here = splits([chosen.shape[1]], [places], rank=group.rank())
-    return Travelling(chosen.reshape(-1, chosen.shape[2]), there, here, group)
+    send_counts, receive_counts = splits([chosen.shape[1]], [places], rank=group.rank())
+    return PendingExchange(chosen.reshape(-1, chosen.shape[2]), send_counts, receive_counts, group)
 
 
-def receive_as_expert(travelling: Travelling, places: Places, group: ProcessGroup) -> Tensor:
+def receive_as_expert(pending: PendingExchange, places: Places, group: ProcessGroup) -> Tensor:
     """The tokens that this rank's experts received: [L, EP * C, H], by sending rank, as from `to_experts`."""
-    rows = travelling.arrived()
+    rows = pending.arrived()
     ranks, local, width = group.size(), len(places[group.rank()]), rows.shape[1]
     slots = rows.shape[0] // max(1, ranks * local)
     return rows.view(ranks, local, slots, width).transpose(0, 1).reshape(local, ranks * slots, width)
 
 
-def send_back(outputs: Tensor, places: Places, slots: int, group: ProcessGroup) -> Travelling:
+def send_back(outputs: Tensor, places: Places, slots: int, group: ProcessGroup) -> PendingExchange:
     """Start sending experts' outputs [L, EP * C, H] back to the ranks that the tokens came from.
 
     Args:
@@ -150,5 +153,5 @@ def send_back(outputs: Tensor, places: Places, slots: int, group: ProcessGroup) 
     """
     ranks, local, width = group.size(), len(places[group.rank()]), outputs.shape[2]
     by_rank = outputs.view(local, ranks, slots if local else 0, width).transpose(0, 1)
-    there, here = splits([slots], [places], rank=group.rank())
-    return Travelling(by_rank.reshape(-1, width), here, there, group)
+    send_counts, receive_counts = splits([slots], [places], rank=group.rank())
+    return PendingExchange(by_rank.reshape(-1, width), receive_counts, send_counts, group)

@@ -142,7 +142,7 @@ class DepthLayer(MixedModalLayer):
                 index = params.choices.depth(
                     index, length, micro_batch=params.noise_key, place=(self.layer_number, "depth")
                 )
-            self._teach(hidden_states, logits.detach(), index, params)
+            self._train_auxiliary(hidden_states, logits.detach(), index, params)
         else:
             index, valid = self._decide(hidden_states, logits, params)
         inner = params.select(index, valid, quotas=self.depth.quotas)
@@ -190,7 +190,7 @@ class DepthLayer(MixedModalLayer):
         return depth_decided(taken, -(-max(1, most) // multiple) * multiple)
 
     @torch.no_grad()
-    def _teach(self, hidden: Tensor, logits: Tensor, index: Tensor, params: MixedModalParams) -> None:
+    def _train_auxiliary(self, hidden: Tensor, logits: Tensor, index: Tensor, params: MixedModalParams) -> None:
         """Pass the true choice to the auxiliary router, and the cut-off of the choice to the moving average."""
         if params.learning is not None:
             taken = torch.zeros_like(logits, dtype=torch.bool).scatter_(0, index, True)

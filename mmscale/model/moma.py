@@ -160,7 +160,7 @@ class MoMaMLP(MegatronModule):
         elif params.routing is Routing.BATCH:
             selections = self._select(logits, params)
             if params.learning is not None:
-                self._teach(hidden_states, logits, selections, params)
+                self._train_auxiliary(hidden_states, logits, selections, params)
         else:
             selections = self._decide(hidden_states, logits, params)
         selections = [self._dealt(selection) for selection in selections]
@@ -215,10 +215,10 @@ class MoMaMLP(MegatronModule):
         there = [send_to_experts(tokens, places, ep) for tokens, places in zip(chosen, self.places, strict=True)]
         shared = None if self.shared is None else self.shared(own.unsqueeze(0))
         back = []
-        for group, places, tokens, travelling in zip(groups, self.places, chosen, there, strict=True):
-            output = self._computed(group, receive_as_expert(travelling, places, ep))
+        for group, places, tokens, pending in zip(groups, self.places, chosen, there, strict=True):
+            output = self._computed(group, receive_as_expert(pending, places, ep))
             back.append(send_back(output, places, tokens.shape[1], ep))
-        returned = [travelling.arrived() for travelling in back]
+        returned = [pending.arrived() for pending in back]
         return [rows.view(*tokens.shape) for rows, tokens in zip(returned, chosen, strict=True)], shared
 
     def _computed(self, group: ExpertGroup, tokens: Tensor) -> Tensor:
@@ -340,7 +340,9 @@ class MoMaMLP(MegatronModule):
         return selections
 
     @torch.no_grad()
-    def _teach(self, hidden: Tensor, logits: Tensor, selections: list[Selection], params: MixedModalParams) -> None:
+    def _train_auxiliary(
+        self, hidden: Tensor, logits: Tensor, selections: list[Selection], params: MixedModalParams
+    ) -> None:
         """Pass the true choice to the auxiliary routers. Each rank passes the choices for its own tokens."""
         assert params.learning is not None
         length, batch, _ = logits.shape

@@ -11,7 +11,7 @@ import numpy as np
 
 from mmscale.report.compare import Comparison
 from mmscale.report.equal_loss import matched
-from mmscale.report.look import COLOURS, GREY, dress, new_figure
+from mmscale.report.figure_style import COLOURS, GREY, dress, new_figure
 from mmscale.report.run_losses import ALL, MEANING, VIEWS, Measure, Model, View
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from pathlib import Path
 from mmscale.errors import UsageError
 from mmscale.report.compare import compare
 from mmscale.report.compare_view import render, step_matching
-from mmscale.report.look import save_figure
+from mmscale.report.figure_style import save_figure
 from mmscale.report.page import Run
 from mmscale.tables.settings import KINDS
 

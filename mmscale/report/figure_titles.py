@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mmscale.runs.plain_words import words
+from mmscale.runs.display_names import in_words
 
 # By the name, or the part of the name before its first slash (docs/reference/metrics.md).
 _WORDS = {
@@ -20,5 +20,5 @@ def title_of(key: str) -> tuple[str, str]:
     """Title and unit of a value without a special chart; the words of the key if it is unknown."""
     name, _, kind = key.partition("/")
     seconds = name.endswith("_s")
-    title, unit = _WORDS.get(name, (words(name.removesuffix("_s")).capitalize(), "s" if seconds else ""))
-    return (f"{title}: {words(kind)}" if kind else title), unit
+    title, unit = _WORDS.get(name, (in_words(name.removesuffix("_s")).capitalize(), "s" if seconds else ""))
+    return (f"{title}: {in_words(kind)}" if kind else title), unit

@@ -17,8 +17,7 @@ from mmscale.errors import UsageError
 from mmscale.report.breaks import Cut, cuts_of, steps_of
 from mmscale.report.charts import HELD_OUT, modalities_of
 from mmscale.report.downsample import Curve, Downsampler
-from mmscale.report.history import History, read
-from mmscale.report.look import (
+from mmscale.report.figure_style import (
     COLOURS,
     GREY,
     MARKS,
@@ -30,6 +29,7 @@ from mmscale.report.look import (
     save_figure,
     whole_steps,
 )
+from mmscale.report.history import History, read
 from mmscale.runs.events import read_events
 from mmscale.runs.held_out import EVAL
 from mmscale.runs.metrics import METRICS

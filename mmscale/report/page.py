@@ -29,9 +29,9 @@ from mmscale.report.figures import run_names
 from mmscale.report.history import Floats, History, read
 from mmscale.report.layers import BYTES, layers_of
 from mmscale.report.timeline import Goodput, Timeline, timeline_of
+from mmscale.runs.display_names import TIME_PARTS
 from mmscale.runs.events import BEGINS, read_events
 from mmscale.runs.is_run import check_runs
-from mmscale.runs.plain_words import TIME_PARTS
 
 _SCRIPTS = ("base.js", "chart.js", "layers.js", "timeline.js", "page.js")
 _EVENTS_SHOWN = 200
@@ -276,7 +276,7 @@ def _layers_section() -> str:
 def _timeline_section(runs: Sequence[Run]) -> str:
     rows, number = [], 0
     for run in runs:
-        unusual = [one for one in run.timeline.happenings if not one.routine]
+        unusual = [one for one in run.timeline.events if not one.routine]
         number += len(unusual)
         for one in unusual[-_EVENTS_SHOWN:]:
             step = "" if one.step is None else f"{one.step:,}"

@@ -16,9 +16,7 @@ from mmscale.report.chart import Chart, Level
 from mmscale.report.charts import modalities_of
 from mmscale.report.curves import Curves
 from mmscale.report.downsample import Curve
-from mmscale.report.figures import smoothed
-from mmscale.report.history import Floats
-from mmscale.report.look import (
+from mmscale.report.figure_style import (
     COLOURS,
     GREY,
     MARKS,
@@ -31,8 +29,10 @@ from mmscale.report.look import (
     save_figure,
     whole_steps,
 )
+from mmscale.report.figures import smoothed
+from mmscale.report.history import Floats
 from mmscale.report.page import Run, curves
-from mmscale.runs.plain_words import TIME_PARTS
+from mmscale.runs.display_names import TIME_PARTS
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mmscale.report.look import COLOURS, GREY, dress, new_figure
+from mmscale.report.figure_style import COLOURS, GREY, dress, new_figure
 from mmscale.report.scaling import Fit, Observations, Terms, barrier_parameters, cheapest_barrier, interval
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def _quality(fit: Fit, seen: Mapping[tuple[str, ...], Observations], names: tupl
 def _barrier(terms: Terms, replicas: Sequence[Terms], tokens: Sequence[float]) -> dict[str, Any]:
     entries = []
     for count in tokens:
-        spread = [_or_never(barrier_parameters(one, count)) for one in replicas]
+        spread = [_inf_if_none(barrier_parameters(one, count)) for one in replicas]
         entry = {"tokens": count, "parameters": barrier_parameters(terms, count)}
         if spread:
             entry["low"], entry["high"] = map(_known, interval(spread))
@@ -116,7 +116,7 @@ def _barrier(terms: Terms, replicas: Sequence[Terms], tokens: Sequence[float]) -
     return {"barrier": entries, "cheapest": least}
 
 
-def _or_never(parameters: float | None) -> float:
+def _inf_if_none(parameters: float | None) -> float:
     return math.inf if parameters is None else parameters
 
 
@@ -171,8 +171,8 @@ def _draw_fit(axes: Axes, fit: Fit, seen: Mapping[tuple[str, ...], Observations]
 
 def _draw_barrier(axes: Axes, fit: Fit, names: tuple[str, str], seen: Observations) -> None:
     grid = np.geomspace(seen.all_tokens.min(), seen.all_tokens.max() * 100, 60)
-    line = [_or_never(barrier_parameters(fit.law.pairs[names], count)) for count in grid]
-    spread = [[_or_never(barrier_parameters(one.pairs[names], count)) for count in grid] for one in fit.replicas]
+    line = [_inf_if_none(barrier_parameters(fit.law.pairs[names], count)) for count in grid]
+    spread = [[_inf_if_none(barrier_parameters(one.pairs[names], count)) for count in grid] for one in fit.replicas]
     apart = np.mean([fit.law.alone[name](seen.parameters, seen.tokens[name]) for name in names], axis=0)
     better = seen.loss < apart
     for chosen, colour, label in ((better, "#009E73", "run: synergy"), (~better, "#D55E00", "run: competition")):

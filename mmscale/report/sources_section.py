@@ -14,7 +14,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from mmscale.report.look import COLOURS, GREY, dress, new_figure, save_figure
+from mmscale.report.figure_style import COLOURS, GREY, dress, new_figure, save_figure
 from mmscale.report.page import Run
 from mmscale.runs.sources_read import SourceRead, sources_read
 

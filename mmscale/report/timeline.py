@@ -14,8 +14,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from mmscale.report.history import Floats, History
+from mmscale.runs.display_names import field_in_words
 from mmscale.runs.events import BEGINS, ORDERLY_ENDS, ROUTINE
-from mmscale.runs.plain_words import field_in_words
 
 Event = Mapping[str, Any]
 _ENDS = (*ORDERLY_ENDS, "fault", "ranks_ended", "gave_up")
@@ -49,7 +49,7 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Happening:
+class TimelineEvent:
     """An event.
 
     Attributes:
@@ -74,7 +74,7 @@ class Timeline:
 
     Attributes:
         spans: parts of attempts, in order.
-        happenings: events, in order.
+        events: in order.
         goodput: share of the time that was spent in steps that count; None if unknown.
         seconds: by part of the time.
         measured_start: whether times before "start" are known; in runs of earlier versions without a launcher they are
@@ -82,19 +82,19 @@ class Timeline:
     """
 
     spans: list[Span] = field(default_factory=list)
-    happenings: list[Happening] = field(default_factory=list)
+    events: list[TimelineEvent] = field(default_factory=list)
     goodput: float | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     measured_start: bool = False
 
     def as_json(self) -> dict[str, Any]:
         """Plain lists and dictionaries, with the events that are drawn."""
-        return asdict(replace(self, happenings=self.drawn()))
+        return asdict(replace(self, events=self.drawn()))
 
-    def drawn(self) -> list[Happening]:
+    def drawn(self) -> list[TimelineEvent]:
         """At most 300 events of each kind, evenly chosen and including the first and the last, for pictures."""
-        by_name: dict[str, list[Happening]] = {}
-        for one in self.happenings:
+        by_name: dict[str, list[TimelineEvent]] = {}
+        for one in self.events:
             by_name.setdefault(one.event, []).append(one)
         places = [
             np.unique(np.linspace(0, len(some) - 1, min(_DRAWN, len(some))).astype(int)) for some in by_name.values()
@@ -122,7 +122,7 @@ def timeline_of(events: Sequence[Event], history: History, *, begin: float, good
         spans=[
             Span((a - begin) / 3600, (b - begin) / 3600, kind, n) for a, b, kind, n in _spans(whole, history) if b > a
         ],
-        happenings=_happenings(events, history, begin=begin),
+        events=_timeline_events(events, history, begin=begin),
         goodput=share,
         seconds={name: round(value, 3) for name, value in seconds.items()},
         measured_start=any(event["event"] == "launch" or "since" in event for event in events),
@@ -233,9 +233,9 @@ def _reached(history: History, attempt: int, step: int, *, begun: float, end: fl
     return min(end, float(kept.max())) if len(kept) else begun
 
 
-def _happenings(events: Sequence[Event], history: History, *, begin: float) -> list[Happening]:
+def _timeline_events(events: Sequence[Event], history: History, *, begin: float) -> list[TimelineEvent]:
     found = [
-        Happening(
+        TimelineEvent(
             hours=(float(event["time"]) - begin) / 3600,
             attempt=_attempt(event),
             step=int(event["step"]) if isinstance(event.get("step"), int) else None,
@@ -249,7 +249,7 @@ def _happenings(events: Sequence[Event], history: History, *, begin: float) -> l
     return sorted([*found, *_deaths(events, history, begin=begin)], key=lambda one: one.hours)
 
 
-def _deaths(events: Sequence[Event], history: History, *, begin: float) -> list[Happening]:
+def _deaths(events: Sequence[Event], history: History, *, begin: float) -> list[TimelineEvent]:
     """Attempts that ended without an event although another attempt followed, because their processes were killed."""
     by_attempt: dict[int, list[Event]] = {}
     for event in events:
@@ -263,7 +263,7 @@ def _deaths(events: Sequence[Event], history: History, *, begin: float) -> list[
         last = max(float(mine[-1]["time"]), float(np.nanmax(times)) if np.isfinite(times).any() else 0.0)
         step = int(history.lines.step[own].max()) if own.any() else None
         text = "nothing more was written: the processes were killed, or the machine went down"
-        found.append(Happening((last - begin) / 3600, attempt, step, "died", text, routine=False))
+        found.append(TimelineEvent((last - begin) / 3600, attempt, step, "died", text, routine=False))
     return found
 
 

@@ -141,7 +141,7 @@ class Guard:
                         if self._hand_over(successors, alive=deadline is None):
                             return
                     elif key.fileobj is self.control and self._read_control():
-                        if self._obey():
+                        if self._handle_orders():
                             return
                     elif deadline is None:  # the end of the control socket, or of the parent
                         deadline = time.monotonic() + self.hold_s
@@ -150,7 +150,7 @@ class Guard:
                             selector.unregister(self.parent)
                         break
 
-    def _obey(self) -> bool:
+    def _handle_orders(self) -> bool:
         """Carry out the complete lines; returns whether to end."""
         *lines, self._lines = self._lines.split(b"\n")
         for line in lines:
@@ -255,11 +255,11 @@ class Guard:
             self._changed.notify_all()
 
     def _wait_for(self, incoming: _Incoming, group: _Group) -> None:
-        def there() -> bool:
+        def is_complete() -> bool:
             return len(incoming.digests) == len(group.members) or self.group is not group
 
         with self._changed:
-            if not self._changed.wait_for(there, timeout=group.timeout_s) or self.group is not group:
+            if not self._changed.wait_for(is_complete, timeout=group.timeout_s) or self.group is not group:
                 absent = [rank for member, rank in enumerate(group.members) if member not in incoming.digests]
                 raise UnusableError(f"no parity came from the guards of ranks {absent}")
 

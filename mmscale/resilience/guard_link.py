@@ -111,7 +111,7 @@ class GuardLink:
         except OSError:
             received = b""
         if not received:
-            self.problem = self.problem or f"the guard died: {self._last_words()}"
+            self.problem = self.problem or f"the guard died: {self._last_log_line()}"
             return False
         *lines, self._lines = (self._lines + received).split(b"\n")
         for line in lines:
@@ -124,7 +124,7 @@ class GuardLink:
                 self._committed, self.last = int(said["committed"]), said
         return True
 
-    def _last_words(self) -> str:
+    def _last_log_line(self) -> str:
         try:
             lines = (self.folder / snapshot_files.LOG).read_text(errors="replace").strip().splitlines()
         except OSError:

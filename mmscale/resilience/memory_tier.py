@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from mmscale import bounded
-from mmscale.resilience import generations, guard, image, parity, snapshot_files
+from mmscale.resilience import generations, guard, parity, snapshot_files, state_image
 from mmscale.resilience.generations import Generation
 from mmscale.resilience.guard_link import GuardLink, own_address
 from mmscale.resilience.restore import Recovery
@@ -110,7 +110,7 @@ class MemoryTier:
         self._link: GuardLink | None = None
         self._addresses: list[tuple[str, int]] = []
         self._nodes: list[str] = []
-        self._plan: image.ImagePlan | None = None
+        self._plan: state_image.ImagePlan | None = None
         self._lengths: list[int] = []  # of all ranks' images
         self._epoch = 0  # counts changes of these
         self._ready: dict[int, int] = {}  # slot -> epoch for which its files were created
@@ -158,7 +158,7 @@ class MemoryTier:
             tensors: dict[str, Tensor] = {}
             plain: dict[str, Any] = {}
             try:
-                tensors, plain = image.read(found.image)
+                tensors, plain = state_image.read(found.image)
                 mine = accept(tensors, plain)
             except UnusableError as error:
                 mine = [str(error)]
@@ -285,7 +285,7 @@ class MemoryTier:
             self.discard()  # every rank's first own snapshot is committed
         if unready:
             if not fits:
-                self._plan = image.make_plan(tensors, plain)
+                self._plan = state_image.make_plan(tensors, plain)
             if not self._prepare(slot):
                 return False
         assert self._plan is not None

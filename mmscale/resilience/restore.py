@@ -1,7 +1,7 @@
 """Recovers a rank's image from the memory of a dead attempt: found, verified, and rebuilt from parity if lost.
 
-Every rank calls `recover`; either all of them get an image of the same step, or none does. image.py defines the content
-of an image. The ranks of the new attempt do the work, over their host group, without the guards of the old attempt.
+Every rank calls `recover`; either all of them get an image of the same step, or none does. state_image.py defines the
+content of an image. The ranks of the new attempt do the work over their host group, without the old guards.
 """
 
 from __future__ import annotations

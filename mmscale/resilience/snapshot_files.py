@@ -6,7 +6,7 @@
         guard.sock   guard.log                            the guard of the folder
 
 A slot without its marker is incomplete. The marker is written last, by rename, and is deleted first. No torch: the
-guard reads and writes these files too. image.py defines the content of an image.
+guard reads and writes these files too. state_image.py defines the content of an image.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import stat
 from pathlib import Path
 
 
-def as_umask_says(*files: Path) -> None:
+def apply_umask(*files: Path) -> None:
     """Set the modes of files according to the process's umask.
 
     Args:

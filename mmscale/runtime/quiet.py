@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 @dataclass(frozen=True)
-class Known:
+class IgnoredWarning:
     """A warning that is not shown.
 
     Attributes:
@@ -30,38 +30,38 @@ class Known:
     on_gpus: bool = True
 
 
-KNOWN = (
-    Known(
+IGNORED = (
+    IgnoredWarning(
         r"(Transformer Engine and Apex are|Apex is) not installed",
         "Both are optional, and `mmscale doctor` says once what is there. On import, from six files.",
     ),
-    Known(
+    IgnoredWarning(
         r"moe_ffn_hidden_size is not set, using ffn_hidden_size",
         "Our experts are as wide as the dense FFN (model.ffn_hidden_size), which is what it falls back to.",
     ),
-    Known(
+    IgnoredWarning(
         r"full scope is deprecated\. Use empty cuda_graph_scope",
         "megatron-core's own default, rejected by megatron-core; no CUDA graphs are captured.",
     ),
-    Known(
+    IgnoredWarning(
         r"The \.grad attribute of a Tensor that is not a leaf",
         "The distributed optimizer asks its fp32 shards, which are views, for gradients that it sets itself.",
     ),
-    Known(
+    IgnoredWarning(
         r"If you are using transformer_engine as the transformer implementation",
         "A hint about parallel.recompute=selective, which is asked for by name.",
     ),
-    Known(
+    IgnoredWarning(
         r"When using sequence parallelism it is recommended to set the environment variable CUDA_DEVICE",
         "Without GPUs there are no such connections; with them it is worth reading.",
         on_gpus=False,
     ),
-    Known(
+    IgnoredWarning(
         r"`load_state_dict` is deprecated and will be removed",
         "How megatron-core's dist_checkpointing reads; torch's new name does the same.",
         category=FutureWarning,
     ),
-    Known(
+    IgnoredWarning(
         r"`torch\.distributed\.\w+` is deprecated\. Please use",
         "New names in torch for collectives that megatron-core calls by the old ones, which do the same.",
         category=FutureWarning,
@@ -74,6 +74,6 @@ def install() -> None:
     if sys.warnoptions or os.environ.get("MMSCALE_DEBUG") == "1":
         return
     gpus = Path("/dev/nvidiactl").exists()  # without importing torch
-    for known in KNOWN:
+    for known in IGNORED:
         if known.on_gpus or not gpus:
             warnings.filterwarnings("ignore", message=known.message, category=known.category)

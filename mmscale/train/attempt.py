@@ -28,7 +28,7 @@ from mmscale.runs.events import BEGINS, EARLY
 from mmscale.runtime import device
 from mmscale.runtime.activity import ActivityReporter
 from mmscale.runtime.groups import from_first
-from mmscale.train import holding, saves
+from mmscale.train import saves, training_lock
 from mmscale.train.assembly import dry_run, loader_of
 from mmscale.train.boundary import StepBoundary
 from mmscale.train.data_check import DataCheck
@@ -46,7 +46,7 @@ from mmscale.train.mirroring import mirroring
 from mmscale.train.opening_lines import MOST_CHANGES, opening_lines
 from mmscale.train.plugin_hooks import AnnouncedSaves, HookRun, PluginHooks
 from mmscale.train.preflight import tokenizers_of
-from mmscale.train.stages.built import BuiltStage, Given, Tools
+from mmscale.train.stages.built import BuiltStage, StageInputs, StageServices
 from mmscale.train.stages.table import Stage
 from mmscale.train.state.memory_snapshots import MemoryHook, memory_of
 from mmscale.train.state.watched import Watch
@@ -66,8 +66,8 @@ class Attempt:
     def __init__(
         self,
         entry: Stage,
-        given: Given,
-        build: Callable[[Given], BuiltStage],
+        given: StageInputs,
+        build: Callable[[StageInputs], BuiltStage],
         train_data: Mixture,
         held_out: dict[str, Mixture],
         tasks: dict[str, list[TaskItem]],
@@ -95,7 +95,7 @@ class Attempt:
                 fence=self.fence,
                 log=config.log,
                 name="-".join(filter(None, (config.run.name, entry.subfolder))),
-                transcribed=holding.is_held_by_train(self.fence.lease_id),
+                transcribed=training_lock.is_held_by_train(self.fence.lease_id),
             )
         )
         self.progress: Progress = stack.enter_context(
@@ -163,7 +163,7 @@ class Attempt:
             on_evaluation=self.plugins.on_evaluation,
         )
         evaluate, parts = measure if held_out or tasks else None, measure.extents()
-        self.tools = Tools(self.clock, self.progress, self.logs, evaluate, self._beat, parts, self.watch.record)
+        self.tools = StageServices(self.clock, self.progress, self.logs, evaluate, self._beat, parts, self.watch.record)
 
     def run(self, *, yes: bool) -> int:
         """Resume or start, train to the end or to a stop request; returns the exit status."""
@@ -187,7 +187,7 @@ class Attempt:
         if self.watch.is_over():
             return self._done()
         self._announce(changed or [])
-        if said := holding.stop_hint(self.fence.lease_id, self.folder):
+        if said := training_lock.stop_hint(self.fence.lease_id, self.folder):
             self.progress.say(said)
         self.logs.begin(self.given.config, self.folder, attempt=self.number)
         self._seek()
@@ -249,7 +249,7 @@ class Attempt:
         pauses = self.clock.pauses()
         self.logs.add_event(event, step=self.state.step, signal=self.stop.agreed_name, **pauses, **early)
 
-    def _catch_up(self, measure: Callable[[Tools], None]) -> None:
+    def _catch_up(self, measure: Callable[[StageServices], None]) -> None:
         """Run evaluations that the previous attempt missed; save again if the state is now the best or the last one."""
         before = self.checkpoints.saver.best, self.watch.is_over()
         measure(self.tools)

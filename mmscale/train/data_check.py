@@ -33,7 +33,7 @@ _LOWEST = 19  # priority of the thread: training takes precedence if there are f
 
 
 @dataclass(frozen=True)
-class Found:
+class CheckProgress:
     """What one rank has found so far.
 
     Attributes:
@@ -64,7 +64,7 @@ class Reader:
     """
 
     def __init__(self, folders: Sequence[Path], *, part: int, parts: int) -> None:
-        self.found = Found(done=parts == 0)
+        self.found = CheckProgress(done=parts == 0)
         self._folders, self._part, self._parts = folders, part, parts
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, name="data check", daemon=True)
@@ -94,12 +94,12 @@ class Reader:
                 damaged += [f"{folder / name} {problem}, as read on {socket.gethostname()}" for problem in problems]
                 if not problems:
                     files, size = files + 1, size + (folder / name).stat().st_size
-                self.found = Found(False, files, size, time.monotonic() - began, tuple(damaged))
+                self.found = CheckProgress(False, files, size, time.monotonic() - began, tuple(damaged))
         except DataError as error:  # digests.json itself is damaged
             damaged.append(error.cause.removeprefix("data: "))
         except OSError as error:
             unread = f"{error.filename or 'the data'}: {error.strerror or error} (on {socket.gethostname()})"
-        self.found = Found(True, files, size, time.monotonic() - began, tuple(damaged), unread)
+        self.found = CheckProgress(True, files, size, time.monotonic() - began, tuple(damaged), unread)
 
     def _files(self) -> Sequence[tuple[Path, str, str]]:
         read = ((folder, digests.read(folder)) for folder in self._folders)
@@ -162,7 +162,7 @@ class DataCheck:
         reading, broken = news.tolist()
         if reading and not broken:
             return
-        everywhere: list[Found] = gathered(mine)
+        everywhere: list[CheckProgress] = gathered(mine)
         damaged = [line for found in everywhere for line in found.damaged]
         if damaged:
             self._on_event("data_damaged", step=report.step, problems=damaged[:_NAMED])
@@ -175,7 +175,7 @@ class DataCheck:
         self._open = False
         self._report(report.step, everywhere)
 
-    def _report(self, step: int, everywhere: Sequence[Found]) -> None:
+    def _report(self, step: int, everywhere: Sequence[CheckProgress]) -> None:
         files = sum(found.files for found in everywhere)
         unread = [found.unread for found in everywhere if found.unread]
         for reason in unread:

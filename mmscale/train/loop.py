@@ -26,7 +26,7 @@ class Hook(Protocol):
         """Called after every optimizer step."""
 
 
-class TakesSteps(Protocol):
+class StepRunner(Protocol):
     """Takes steps."""
 
     def take(self, batch: StepBatch, on_device: Callable[[], list[Batch]], *, lr: float) -> StepResult:
@@ -66,7 +66,7 @@ class Trainer:
         *,
         state: StageState,
         stepper: Steps,
-        guard: TakesSteps,
+        guard: StepRunner,
         batches: Iterator[StepBatch],
         vocabulary: Vocabulary,
         hooks: Sequence[Hook],

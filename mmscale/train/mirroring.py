@@ -11,7 +11,7 @@ from mmscale.checkpoint.mirror.upload_process import UploadProcess
 from mmscale.resilience.signals import StopRequest
 from mmscale.runtime.groups import from_first
 from mmscale.train.stage_state import StageState
-from mmscale.train.stages.built import Given
+from mmscale.train.stages.built import StageInputs
 from mmscale.train.steps.step_report import StepReport
 
 _LOOK_S = 1.0  # rank 0 polls in this interval while all ranks wait
@@ -28,7 +28,7 @@ class Mirroring:
     """
 
     def __init__(
-        self, given: Given, *, stop: StopRequest, on_event: Callable[..., None], say: Callable[[str], None]
+        self, given: StageInputs, *, stop: StopRequest, on_event: Callable[..., None], say: Callable[[str], None]
     ) -> None:
         self.stop = stop
         self.wait_s = given.settings.checkpoint.mirror_wait
@@ -59,10 +59,10 @@ class Mirroring:
         until = time.monotonic() + left
         if self.process is not None:
             self.process.finish()
-        while from_first(self._goes_on(until, interruptible=finished)):
+        while from_first(self._wait_for_uploads(until, interruptible=finished)):
             pass
 
-    def _goes_on(self, until: float, *, interruptible: bool) -> bool:
+    def _wait_for_uploads(self, until: float, *, interruptible: bool) -> bool:
         """Pause, then return whether to wait longer; on rank 0."""
         if self.process is None:
             return False
@@ -74,7 +74,7 @@ class Mirroring:
 
 @contextlib.contextmanager
 def mirroring(
-    given: Given, *, stop: StopRequest, on_event: Callable[..., None], say: Callable[[str], None]
+    given: StageInputs, *, stop: StopRequest, on_event: Callable[..., None], say: Callable[[str], None]
 ) -> Iterator[Mirroring]:
     """The mirror of an attempt; its process ends with the context."""
     made = Mirroring(given, stop=stop, on_event=on_event, say=say)

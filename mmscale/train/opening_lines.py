@@ -9,14 +9,14 @@ from mmscale.plan import plan
 from mmscale.resilience.inject import Faults
 from mmscale.train.evaluated_on import EvaluatedOn
 from mmscale.train.log.exposure import exposure
-from mmscale.train.stages.built import BuiltStage, Given
+from mmscale.train.stages.built import BuiltStage, StageInputs
 from mmscale.train.steps.evaluation import partly_read
 
 MOST_CHANGES = 50  # largest number of changed settings that an event lists
 
 
 def opening_lines(
-    given: Given,
+    given: StageInputs,
     stage: BuiltStage,
     *,
     attempt: int,

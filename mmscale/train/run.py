@@ -19,17 +19,21 @@ from mmscale.runtime import groups as process_groups
 from mmscale.runtime.activity import ActivityReporter
 from mmscale.runtime.groups import from_first
 from mmscale.runtime.rank_env import RankEnv, grace_of
-from mmscale.train import holding
+from mmscale.train import training_lock
 from mmscale.train.assembly import resolve_share, start
 from mmscale.train.attempt import Attempt
-from mmscale.train.holding import Claim
 from mmscale.train.stages.auxiliary_stage import AuxiliaryStage
-from mmscale.train.stages.built import BuiltStage, Given
+from mmscale.train.stages.built import BuiltStage, StageInputs
 from mmscale.train.stages.main import MainStage
 from mmscale.train.stages.sft_stage import SftStage
 from mmscale.train.stages.table import MAIN, STAGES
+from mmscale.train.training_lock import Claim
 
-BUILDERS: Mapping[str, Callable[[Given], BuiltStage]] = {MAIN: MainStage, "auxiliary": AuxiliaryStage, "sft": SftStage}
+BUILDERS: Mapping[str, Callable[[StageInputs], BuiltStage]] = {
+    MAIN: MainStage,
+    "auxiliary": AuxiliaryStage,
+    "sft": SftStage,
+}
 
 
 def main(
@@ -73,11 +77,11 @@ def main(
     tasks = from_first(asked)  # the same on every rank, even if a node still sees an older version of the file
     starting.update("building the model")
     run = Path(config.run.dir) / config.run.name
-    given = Given(entry.recorded(config), settings, run, entry.folder(run), env, groups)
+    given = StageInputs(entry.recorded(config), settings, run, entry.folder(run), env, groups)
     try:
         with (
             StopRequest(grace_s=grace_of(grace_s)) as stop,
-            holding.held_by_ranks(run, entry, env, from_first=from_first, claim=claim) as fence,
+            training_lock.held_by_ranks(run, entry, env, from_first=from_first, claim=claim) as fence,
             contextlib.ExitStack() as stack,
         ):
             build = BUILDERS[entry.name]

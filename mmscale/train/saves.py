@@ -33,13 +33,13 @@ from mmscale.train.log.progress_lines import Progress
 from mmscale.train.log.run_logs import RunLogs
 from mmscale.train.preflight import check_changes
 from mmscale.train.stage_state import StageState
-from mmscale.train.stages.built import Given
+from mmscale.train.stages.built import StageInputs
 from mmscale.train.state.memory_snapshots import resume_from_memory
 from mmscale.train.throughput import SAVE_STALL, Throughput
 
 
 def manager_of(
-    given: Given,
+    given: StageInputs,
     *,
     attempt: int,
     tokenizers: dict[str, str],
@@ -226,7 +226,7 @@ def poll_stop_and_save(
     return stopping, bool(elsewhere)
 
 
-def refuse_moved(given: Given, moved_to: Path | None, *, step: int) -> None:
+def refuse_moved(given: StageInputs, moved_to: Path | None, *, step: int) -> None:
     """End a run whose folder was renamed, because a restart would look for it at its old path.
 
     Args:

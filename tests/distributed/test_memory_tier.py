@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmscale.resilience import generations, guard, image, snapshot_files
+from mmscale.resilience import generations, guard, snapshot_files, state_image
 from mmscale.resilience.memory_tier import MemoryTier
 from mmscale.runtime import groups as process_groups
 from mmscale.runtime.rank_env import RankEnv
@@ -271,7 +271,7 @@ def test_a_rank_that_dies_in_the_middle_of_a_copy(place: Path) -> None:
     assert "rank 1: slot 1 holds a torn snapshot" in events(place)[-1]["refused"]
 
 
-class _DiesHalfway(image.ImagePlan):
+class _DiesHalfway(state_image.ImagePlan):
     """Writes one tensor of several, and the process is gone."""
 
     def write(self, buffer: Tensor, views: list[Tensor], tensors: Mapping[str, Tensor], plain: Any) -> None:

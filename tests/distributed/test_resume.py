@@ -69,7 +69,7 @@ def leg(
     try:
         parts = build(settings, groups)
         state = TrainState(parts.chunks, parts.optimizer, routers=parts.routers)
-        options = {"every": 0, "keep": 9, "attempt": 1, "info": {}, "on_event": _unheard} | options
+        options = {"every": 0, "keep": 9, "attempt": 1, "info": {}, "on_event": _ignore_event} | options
         checkpoints = CheckpointManager(folder, **options)
         if load is not None:
             checkpoints.load(state, load)
@@ -83,7 +83,7 @@ def leg(
         process_groups.destroy_layout()
 
 
-def _unheard(*event: object, **fields: object) -> None:
+def _ignore_event(*event: object, **fields: object) -> None:
     """Nobody listens to the manager's events here."""
 
 

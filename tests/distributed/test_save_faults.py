@@ -23,7 +23,7 @@ import torch
 from mmscale.checkpoint import integrity
 from mmscale.checkpoint.layout import LATEST
 from mmscale.checkpoint.manager import CheckpointManager
-from mmscale.checkpoint.save_settings import Best, SaveSettings
+from mmscale.checkpoint.save_settings import BestCheckpoint, SaveSettings
 from mmscale.errors import SaveError
 from mmscale.resilience.inject import VARIABLE, Faults
 from mmscale.resilience.signals import StopRequest
@@ -137,12 +137,12 @@ HURRY_S = 0.05
 
 def only_the_faulty_one_works(loop: Loop, *, committing: bool) -> bool:
     """Whether all other processes of the save have done their part, as seen by all ranks; grouped, none can."""
-    flight = loop.saver._flight
-    assert flight is not None
-    at_work = torch.tensor([int(flight.task is not None and flight.task.poll())])
+    pending = loop.saver._pending
+    assert pending is not None
+    at_work = torch.tensor([int(pending.task is not None and pending.task.poll())])
     torch.distributed.all_reduce(at_work)
     waiting = 1 if committing or not loop.saver.settings.writers else at_work.numel() + 1
-    return at_work.item() == waiting and (flight.phase == "commit") == committing
+    return at_work.item() == waiting and (pending.phase == "commit") == committing
 
 
 # Row of the fault matrix: fault while step 2 is saved, the rank it is told of (None: whoever is first), and why.
@@ -210,7 +210,7 @@ def test_a_failed_save_of_a_better_one_keeps_the_best_one(ranks: RankEnv, tmp_pa
     for step, value in ((1, 1.0), (2, 0.5)):
         while loop.state.step < step:
             loop.step()
-        loop.saver.best = Best("eval/loss", step, value)
+        loop.saver.best = BestCheckpoint("eval/loss", step, value)
         loop.save()
         if step == 1:
             while loop.saver.under_way:  # the next step is 2 for certain

@@ -18,7 +18,7 @@ from tests.slurm.jobs import Jobs, shown
 
 def examined(
     jobs: Jobs, monkeypatch: pytest.MonkeyPatch, *, hosts: str, script: str, **preflight: Any
-) -> dict[str, nodes.Unfit]:
+) -> dict[str, nodes.UnfitNode]:
     """What the job of a launch would say of its nodes; `script` is run by bash before the check of each."""
     content = yaml.safe_load(jobs.profile.read_text())
     content["preflight"] |= preflight

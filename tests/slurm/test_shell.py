@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import control, passed
+from launch import control, job_environment
 from launch import record as records
 from mmscale.plan.cluster_load import LAUNCH_FILES
 from tests.slurm.jobs import Jobs, shown
@@ -32,7 +32,7 @@ def test_module_works_in_setup_and_secrets_reach_ranks(jobs: Jobs, monkeypatch: 
     assert seen["PYTHONPATH"] == f"{code}/code.zip:/of/the/user"
     files = [file for file in run.folder.rglob("*") if file.is_file() and file.name != ENVIRONMENT]
     assert not [file for file in files if b"4711" in file.read_bytes()]  # the job has removed its secrets at its end
-    assert not (Path(str(code)) / passed.SECRETS).exists()
+    assert not (Path(str(code)) / job_environment.SECRETS).exists()
     left = [file.name for file in Path(str(code)).rglob("*") if file.is_file()]
     assert len(left) == LAUNCH_FILES, left
 

@@ -132,10 +132,10 @@ def test_scales_of_delayed_fp8_survive_another_layout(model: str, products: int,
     def ranks_of_two(ranks: RankEnv) -> None:
         from mmscale.checkpoint.manager import CheckpointManager
         from mmscale.train.assembly import build
-        from tests.distributed.test_resume import _unheard
+        from tests.distributed.test_resume import _ignore_event
 
         start(ranks)
-        options: Any = {"every": 0, "keep": 9, "attempt": 1, "info": {}, "on_event": _unheard}
+        options: Any = {"every": 0, "keep": 9, "attempt": 1, "info": {}, "on_event": _ignore_event}
         for turn, parallel in enumerate(({"ep": 2}, {}, {"tp": 2}, "torch")):
             made = fp8(parallel) if isinstance(parallel, dict) else using(fp8({}), "torch", fp8="off")
             layout = made.parallel

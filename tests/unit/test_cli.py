@@ -32,8 +32,8 @@ from mmscale.errors import (
 from mmscale.resilience.lease import owner
 from mmscale.runtime.activity import ActivityReporter
 from mmscale.runtime.rank_env import RankEnv
-from mmscale.train.holding import Claim
 from mmscale.train.stages.table import STAGES, Stage
+from mmscale.train.training_lock import Claim
 from tests.support import spoken
 
 CONFIG = """

@@ -16,7 +16,6 @@ ALLOWED_TWINS = {
     "build.py": "model: the model's chunks; data/prepared: one data set, called by prepare.py",
     "breaks.py": "runs: finds breaks in curves; report: shows them",
     "batch.py": "launch: users' batch scripts call `python -m launch.batch`; train/steps: the batch of a step",
-    "image.py": "data/modalities: pictures; resilience: the bytes of a rank's state",
     "plugins.py": "config: the setting; tables: loading by import path or entry point",
     "preflight.py": "slurm: checks of a node, started by that name on nodes; train: checks of a run",
     "rules.py": "config: in the folder of each topic; all of them",

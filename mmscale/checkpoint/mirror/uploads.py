@@ -102,9 +102,9 @@ class Uploader:
             return None
 
     def _complete(self) -> set[MirroredStep]:
-        return {one for one, is_complete in self._there().items() if is_complete}
+        return {one for one, is_complete in self._generations().items() if is_complete}
 
-    def _there(self) -> dict[MirroredStep, bool]:
+    def _generations(self) -> dict[MirroredStep, bool]:
         """Generations in the mirror, and whether each is complete. Raises if the store fails."""
         found = [one for name in self.remote.folders() if (one := MirroredStep.parse(name)) is not None]
         return {one: self.remote.is_complete(one.name) for one in found}
@@ -169,7 +169,7 @@ class Uploader:
 
     def _delete_old(self) -> None:
         """Delete generations that are not kept any more, and parts of uploads that will not be completed."""
-        there, best = self._there(), self.store.best()
+        there, best = self._generations(), self.store.best()
         complete = {one for one, is_complete in there.items() if is_complete}
         local = [one for step in self.store.steps() if (one := self._local(step)) is not None]
         names = {one.name for one in outdated(complete, local=local, retention=self.retention, best=best)}

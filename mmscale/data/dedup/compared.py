@@ -26,7 +26,7 @@ SLICE = 1 << 15  # documents of a piece of work
 
 
 @dataclass(frozen=True)
-class Stretch:
+class DocumentRange:
     """Consecutive documents of one part of a data set.
 
     Attributes:
@@ -41,13 +41,13 @@ class Stretch:
     first: int
 
 
-def slices(parts: Sequence[Part], *, size: int = SLICE) -> list[Stretch]:
+def slices(parts: Sequence[Part], *, size: int = SLICE) -> list[DocumentRange]:
     """All documents of a split, divided into units of work."""
-    found: list[Stretch] = []
+    found: list[DocumentRange] = []
     first = 0
     for number, part in enumerate(parts):
         starts = range(0, part.documents, size)
-        found += [Stretch(number, start, min(start + size, part.documents), first + start) for start in starts]
+        found += [DocumentRange(number, start, min(start + size, part.documents), first + start) for start in starts]
         first += part.documents
     return found
 
@@ -100,13 +100,13 @@ class ContentReader:
         """Salts by which hashes of codes depend on the tokenizer: equal codes of different tokenizers are not equal."""
         return {name: self.manifest.tokenizers.get(name, "").encode() for name in self.manifest.modalities}
 
-    def contents(self, piece: Stretch) -> Iterator[DocumentContent]:
+    def contents(self, piece: DocumentRange) -> Iterator[DocumentContent]:
         """The contents of its documents, one by one."""
         part = self.parts[piece.part]
         for place in range(piece.start, piece.stop):
             yield self._content(read_document(self.folder, part, place))
 
-    def text(self, piece: Stretch, place: int) -> str:
+    def text(self, piece: DocumentRange, place: int) -> str:
         """The text of a document of a slice; `place` counts from the slice's first document."""
         return self._text(read_document(self.folder, self.parts[piece.part], piece.start + place))
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from mmscale.data.arrays import scattered
 from mmscale.data.dedup.compared import DocumentContent, folded
-from mmscale.data.dedup.looks import COLOUR, GREY, PictureLooks, look
+from mmscale.data.dedup.picture_hashes import COLOUR, GREY, PictureHashes, hash_picture
 from mmscale.data.dedup.words import MINIMA, SHINGLE, shingles, signature
 
 FACTS = np.dtype(
@@ -111,11 +111,11 @@ class Compared:
     def __init__(self, blocks: Sequence[RecordBlock]) -> None:
         self.facts, self.signatures, self._grey, self._colour = (_Column(blocks, name) for name in _COLUMNS)
 
-    def looks(self, documents: NDArray[np.int64]) -> PictureLooks:
+    def hashes(self, documents: NDArray[np.int64]) -> PictureHashes:
         """Hashes and thumbnails of the first picture of some documents."""
-        return PictureLooks(self.facts.of(documents)["bits"], self._grey.of(documents), self._colour.of(documents))
+        return PictureHashes(self.facts.of(documents)["bits"], self._grey.of(documents), self._colour.of(documents))
 
-    def add(self, number: int, content: DocumentContent, *, text: bool) -> PictureLooks | None:
+    def add(self, number: int, content: DocumentContent, *, text: bool) -> PictureHashes | None:
         """Write the data of a document.
 
         Args:
@@ -126,7 +126,7 @@ class Compared:
         Returns:
             Hashes and thumbnails of all its pictures.
         """
-        drawn = [look(pixels) for pixels in content.pictures if pixels is not None]
+        drawn = [hash_picture(pixels) for pixels in content.pictures if pixels is not None]
         first = bool(content.pictures) and content.pictures[0] is not None
         row = (
             content.shape,
@@ -145,7 +145,7 @@ class Compared:
         if not drawn:
             return None
         bits, grey, colour = (np.array(column) for column in zip(*drawn, strict=True))
-        return PictureLooks(bits.astype(np.uint64), grey, colour)
+        return PictureHashes(bits.astype(np.uint64), grey, colour)
 
     def flush(self, document: int) -> None:
         """Write the records of a document's block to disk, so that other machines read them."""

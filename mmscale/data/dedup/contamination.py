@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmscale.data.dedup.compared import ContentReader, DocumentContent, folded, slices
-from mmscale.data.dedup.looks import COLOUR, GREY, PictureLooks, look, near, table_keys
+from mmscale.data.dedup.picture_hashes import COLOUR, GREY, PictureHashes, hash_picture, near, table_keys
 from mmscale.data.dedup.words import Hashes, shingles
 
 GRAM = 13  # words
@@ -25,7 +25,7 @@ _CHUNK = 1024  # pictures with the same key that are compared at once
 
 
 @dataclass(frozen=True, eq=False)
-class Held:
+class Overlap:
     """Which parts of held-out documents a training document contains.
 
     Attributes:
@@ -47,7 +47,7 @@ class HeldOutContent:
         grams: runs of 13 words of documents of text only.
         texts: complete texts with fewer words, of documents of text only.
         items: codes of items.
-        looks: of pictures.
+        hashes: of pictures.
         keys: keys of the pictures, sorted, with the number of the picture.
         distance: bits in which hashes of pictures may differ; -1: pictures are not compared.
     """
@@ -55,40 +55,40 @@ class HeldOutContent:
     grams: Hashes
     texts: Hashes
     items: Hashes
-    looks: PictureLooks
+    hashes: PictureHashes
     keys: tuple[Hashes, NDArray[np.int64]]
     distance: int
 
-    def find(self, content: DocumentContent, looks: PictureLooks | None) -> Held:
+    def find(self, content: DocumentContent, hashes: PictureHashes | None) -> Overlap:
         """Which of these contents a training document has.
 
         Args:
             content: the document.
-            looks: of its pictures; None: it has none.
+            hashes: of its pictures; None: it has none.
         """
         item = bool(_among(np.array(content.items, np.uint64), self.items).any())
-        if not item and looks is not None and self.distance >= 0 and len(self.items):
-            item = self._looks_like(looks)
+        if not item and hashes is not None and self.distance >= 0 and len(self.items):
+            item = self._looks_like(hashes)
         text = not content.items and bool(_among(np.array([folded(content.words)], np.uint64), self.texts).any())
         grams = np.zeros(0, np.int64)
         if len(self.grams) and len(content.words) >= GRAM:
             own = np.unique(shingles(content.words, GRAM))
             grams = np.searchsorted(self.grams, own[_among(own, self.grams)])
-        return Held(item, text and bool(len(content.words)), grams)
+        return Overlap(item, text and bool(len(content.words)), grams)
 
-    def _looks_like(self, looks: PictureLooks) -> bool:
+    def _looks_like(self, hashes: PictureHashes) -> bool:
         keys, owners = self.keys
-        own = table_keys(looks.bits, distance=self.distance)
+        own = table_keys(hashes.bits, distance=self.distance)
         starts, stops = (np.searchsorted(keys, own, side=side) for side in ("left", "right"))
         for picture in range(len(own)):
             spans = zip(starts[picture].tolist(), stops[picture].tolist(), strict=True)
             others = np.unique(np.concatenate([owners[start:stop] for start, stop in spans]))
             # Hashes are compared first: few pictures with a common key pass, and thumbnails are 500 times as large.
-            others = others[np.bitwise_count(self.looks.bits[others] ^ looks.bits[picture]) <= self.distance]
+            others = others[np.bitwise_count(self.hashes.bits[others] ^ hashes.bits[picture]) <= self.distance]
             for first in range(0, len(others), _CHUNK):
                 some = others[first : first + _CHUNK]
-                this = looks.take(np.full(len(some), picture))
-                if near(this, self.looks.take(some), distance=self.distance).any():
+                this = hashes.take(np.full(len(some), picture))
+                if near(this, self.hashes.take(some), distance=self.distance).any():
                     return True
         return False
 
@@ -117,7 +117,7 @@ def read_held_out(sets: Sequence[tuple[Path, str]], *, distance: int) -> HeldOut
         for piece in slices(reader.parts):
             for content in reader.contents(piece):
                 items += content.items
-                drawn += [look(pixels) for pixels in content.pictures if pixels is not None]
+                drawn += [hash_picture(pixels) for pixels in content.pictures if pixels is not None]
                 if content.items or not len(content.words):
                     continue
                 if len(content.words) < GRAM:
@@ -137,7 +137,7 @@ def read_held_out(sets: Sequence[tuple[Path, str]], *, distance: int) -> HeldOut
         grams=np.unique(np.concatenate(grams)) if grams else np.zeros(0, np.uint64),
         texts=np.unique(np.array(texts, np.uint64)),
         items=np.unique(np.array(items, np.uint64)),
-        looks=PictureLooks(bits, grey, colour),
+        hashes=PictureHashes(bits, grey, colour),
         keys=(keys, owners),
         distance=distance,
     )

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmscale.data.dedup.clusters import DuplicateCluster, DuplicateForest, chunks, largest
-from mmscale.data.dedup.compared import ContentReader, Stretch
+from mmscale.data.dedup.compared import ContentReader, DocumentRange
 from mmscale.data.dedup.compared_files import Compared
 from mmscale.data.dedup.contamination import PHRASE, HeldOutContent
 from mmscale.data.dedup.work import DedupWork, compare_ranges, found_in, pairs_file, ranges_of, read_pieces
@@ -150,7 +150,7 @@ def _contaminated(work: DedupWork, keep: NDArray[np.bool_], held_out: HeldOutCon
     return found
 
 
-def _text(reader: ContentReader, pieces: Sequence[Stretch], document: int) -> str:
+def _text(reader: ContentReader, pieces: Sequence[DocumentRange], document: int) -> str:
     """The start of a document's text."""
     piece = max((one for one in pieces if one.first <= document), key=lambda one: one.first)
     text = " ".join(reader.text(piece, document - piece.first).split())

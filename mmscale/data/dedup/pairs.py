@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from mmscale.data.arrays import scattered
 from mmscale.data.dedup.compared_files import Compared
-from mmscale.data.dedup.looks import near, table_keys
+from mmscale.data.dedup.picture_hashes import near, table_keys
 from mmscale.data.dedup.words import Hashes, band_keys
 
 RUN = np.dtype([("key", "<u8"), ("document", "<i8")])
@@ -66,7 +66,7 @@ class DuplicateRule:
             same = a["items"] == b["items"]
             rows = np.flatnonzero(~same & a["looks"] & b["looks"] & (a["rest"] == b["rest"]) & found)
             if len(rows) and self.draws:
-                same[rows] = near(records.looks(one[rows]), records.looks(other[rows]), distance=self.distance)
+                same[rows] = near(records.hashes(one[rows]), records.hashes(other[rows]), distance=self.distance)
             found &= same
         return found
 

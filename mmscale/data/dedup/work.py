@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mmscale.data.dedup.compared import ContentReader, Stretch, slices
+from mmscale.data.dedup.compared import ContentReader, DocumentRange, slices
 from mmscale.data.dedup.compared_files import Compared, RecordBlock
 from mmscale.data.dedup.contamination import HeldOutContent, read_held_out
 from mmscale.data.dedup.pairs import RANGE, DuplicateRule, edges, merged
-from mmscale.data.in_processes import in_processes
 from mmscale.data.prepared.manifest import parts_of, read_manifest
+from mmscale.data.process_pool import map_in_processes
 from mmscale.runtime.atomic_files import open_atomic
 
 KeyRange = tuple[int, int | None]  # keys from .. up to; None: to the end
@@ -40,7 +40,7 @@ class DedupWork:
 
     folder: Path
     scratch: Path
-    pieces: tuple[Stretch, ...]
+    pieces: tuple[DocumentRange, ...]
     blocks: tuple[RecordBlock, ...]
     rule: DuplicateRule
     against: tuple[tuple[Path, str], ...]
@@ -50,7 +50,7 @@ class DedupWork:
         """Number of documents."""
         return self.blocks[-1].stop
 
-    def shares(self) -> list[tuple[Stretch, ...]]:
+    def shares(self) -> list[tuple[DocumentRange, ...]]:
         """The slices of each block."""
         return [tuple(one for one in self.pieces if block.first <= one.first < block.stop) for block in self.blocks]
 
@@ -85,7 +85,7 @@ def plan_work(
 
 def read_pieces(
     work: DedupWork,
-    pieces: Sequence[Stretch],
+    pieces: Sequence[DocumentRange],
     held_out: HeldOutContent | None,
     *,
     workers: int,
@@ -105,12 +105,12 @@ def read_pieces(
     """
     done = 0
     missing = unread(work, pieces)
-    for piece, _ in zip(missing, in_processes(partial(_read, work, held_out), missing, workers), strict=True):
+    for piece, _ in zip(missing, map_in_processes(partial(_read, work, held_out), missing, workers), strict=True):
         done += piece.stop - piece.start
         advance(done)
 
 
-def unread(work: DedupWork, pieces: Sequence[Stretch]) -> list[Stretch]:
+def unread(work: DedupWork, pieces: Sequence[DocumentRange]) -> list[DocumentRange]:
     """The slices of which the first pass has not been done."""
     return [piece for piece in pieces if not _run_of(work, piece).exists()]
 
@@ -133,7 +133,7 @@ def compare_ranges(
 ) -> None:
     """Second pass over some ranges of keys; arguments and errors as of `read_pieces`."""
     missing = [one for one in ranges if not pairs_file(work, one).exists()]
-    for number, _ in enumerate(in_processes(partial(_compare, work), missing, workers)):
+    for number, _ in enumerate(map_in_processes(partial(_compare, work), missing, workers)):
         advance(number + 1)
 
 
@@ -142,7 +142,7 @@ def pairs_file(work: DedupWork, bounds: KeyRange) -> Path:
     return work.scratch / f"pairs-{bounds[0]}.npy"
 
 
-def found_in(work: DedupWork, piece: Stretch) -> tuple[NDArray[np.bool_], NDArray[np.int64], NDArray[np.int64]]:
+def found_in(work: DedupWork, piece: DocumentRange) -> tuple[NDArray[np.bool_], NDArray[np.int64], NDArray[np.int64]]:
     """What the documents of a slice have of held-out ones.
 
     Returns:
@@ -154,21 +154,21 @@ def found_in(work: DedupWork, piece: Stretch) -> tuple[NDArray[np.bool_], NDArra
     return flags, gram, place
 
 
-def _run_of(work: DedupWork, piece: Stretch) -> Path:
+def _run_of(work: DedupWork, piece: DocumentRange) -> Path:
     """The file with the keys of a slice; it is written last."""
     return work.scratch / f"run-{piece.first}.npy"
 
 
-def _read(work: DedupWork, held_out: HeldOutContent | None, piece: Stretch) -> None:
+def _read(work: DedupWork, held_out: HeldOutContent | None, piece: DocumentRange) -> None:
     """First pass over a slice."""
     reader = ContentReader(work.folder, split="train", draw=work.rule.draws)
     records = Compared(work.blocks)
     flags = np.zeros((piece.stop - piece.start, 2), bool)
     grams: list[NDArray[np.int64]] = [np.empty((0, 2), np.int64)]
     for place, content in enumerate(reader.contents(piece)):
-        looks = records.add(piece.first + place, content, text=work.rule.signs)
+        hashes = records.add(piece.first + place, content, text=work.rule.signs)
         if held_out is not None:
-            found = held_out.find(content, looks)
+            found = held_out.find(content, hashes)
             flags[place] = found.item, found.text
             grams.append(np.stack([found.grams, np.full(len(found.grams), place)], axis=1))
     records.flush(piece.first)

@@ -22,7 +22,7 @@ from mmscale import bounded
 from mmscale.data.modalities.image_settings import Fitting, write_settings
 from mmscale.data.modalities.patches import Codes, Pixels
 from mmscale.errors import DataError
-from mmscale.runtime.file_modes import as_umask_says
+from mmscale.runtime.file_modes import apply_umask
 
 # Maps model_type of config.json to a class of transformers.
 _CLASSES = {"chameleon_vqgan": "ChameleonVQVAE", "janus_vqgan": "JanusVQVAE", "emu3_vqgan": "Emu3VQVAE"}
@@ -197,7 +197,7 @@ class VQTokenizer:
         try:
             with _quiet():
                 self.model.save_pretrained(folder / _MODEL)
-                as_umask_says(folder / _MODEL)
+                apply_umask(folder / _MODEL)
         except Exception as error:  # safetensors reports a full disk as its own kind
             raise DataError(
                 f"data: {folder / _MODEL} could not be written: {error}", remedy="free some space and run it again"

@@ -235,7 +235,7 @@ def _prepare(
 
     finished = {job.index: part for job in jobs if (part := read_finished(out, job)) is not None}
     missing = [job for job in jobs if job.index not in finished]
-    if not missing and (manifest := _standing(out, source)) is not None:
+    if not missing and (manifest := _existing_manifest(out, source)) is not None:
         _check_strict(strict, finished.values())
         _report(reporter, out, manifest, "is already prepared")
         for note in remarks_on(out, manifest, codecs, like=companion_of(settings)):
@@ -291,7 +291,7 @@ def _link(
     reporter: Reporter,
 ) -> Manifest:
     """Make a data set of Megatron corpora."""
-    if (manifest := _standing(out, source)) is not None:
+    if (manifest := _existing_manifest(out, source)) is not None:
         check_tokens(out, corpora, reporter)
         _report(reporter, out, manifest, "is already prepared")
         return manifest
@@ -379,7 +379,7 @@ def _salvaged(settings: PrepareConfig) -> tuple[str, ...]:
     return (IMAGE,) if settings.image.damaged == "salvage" else ()
 
 
-def _standing(out: Path, source: dict[str, Any]) -> Manifest | None:
+def _existing_manifest(out: Path, source: dict[str, Any]) -> Manifest | None:
     """The manifest, if the data set is finished and complete."""
     try:
         manifest = read_manifest(out)

@@ -119,7 +119,7 @@ def read_plan(folder: Path) -> SharedPlan | None:
         return None
 
 
-def how_far(folder: Path) -> dict[str, Any] | None:
+def preparation_status(folder: Path) -> dict[str, Any] | None:
     """State of a data set that several processes make, from its files; None: the folder is not such a data set.
 
     Returns:

@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmscale.data.arrays import read_array
-from mmscale.data.dedup.compared import ContentReader, Stretch, slices
-from mmscale.data.in_processes import in_processes
+from mmscale.data.dedup.compared import ContentReader, DocumentRange, slices
 from mmscale.data.prepared.manifest import TRAIN, parts_of, read_manifest
+from mmscale.data.process_pool import map_in_processes
 from mmscale.data.progress import Reporter
 from mmscale.data.scoring.classifier import TextClassifier, read_classifier
 from mmscale.data.scoring.line_rules import quality
@@ -79,13 +79,13 @@ def by_text(folder: Path, scorer: _Scorer, *, workers: int, reporter: Reporter) 
     pieces, found = slices(parts), []
     with reporter.bar("documents", sum(part.documents for part in parts)) as advance:
         work = partial(_score_slice, folder, scorer)
-        for piece, own in zip(pieces, in_processes(work, pieces, workers), strict=True):
+        for piece, own in zip(pieces, map_in_processes(work, pieces, workers), strict=True):
             found.append(own)
             advance(piece.first + len(own))
     return np.concatenate(found)
 
 
-def _score_slice(folder: Path, scorer: _Scorer, piece: Stretch) -> NDArray[np.float32]:
+def _score_slice(folder: Path, scorer: _Scorer, piece: DocumentRange) -> NDArray[np.float32]:
     reader = ContentReader(folder, split=TRAIN, draw=False)
     texts = (reader.text(piece, place) for place in range(piece.stop - piece.start))
     return np.fromiter((scorer(text) for text in texts), np.float32, piece.stop - piece.start)

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from mmscale.data.stream.block_counts import BlockCounts
 from mmscale.data.stream.feistel import ROUNDS, Shuffle
 from mmscale.data.stream.packing import NO_SEQUENCES, Packing, Purpose, check_lengths, random_bits
-from mmscale.data.stream.sequences import START, Begin, PackSettings, Rest, SequenceStream, pack_documents
+from mmscale.data.stream.sequences import START, PackSettings, SequenceStream, StreamStart, UnreadBlocks, pack_documents
 from mmscale.data.stream.source import Source
 from mmscale.errors import DataError
 from mmscale.tables.settings import DataOrder
@@ -106,7 +106,7 @@ class BlockStream(SequenceStream):
         *,
         order: DataOrder,
         folders: Sequence[Path],
-        begin: Begin = START,
+        begin: StreamStart = START,
     ) -> None:
         super().__init__(source, packing, begin=begin)
         self._division = Division(len(source), order)
@@ -147,7 +147,7 @@ class BlockStream(SequenceStream):
         while len(self._ends) < blocks:
             self._ends.append((self._ends[-1] if self._ends else 0) + self._counted(len(self._ends)))
 
-    def position_after(self, taken: int, more: NDArray[np.int64]) -> Begin:
+    def position_after(self, taken: int, more: NDArray[np.int64]) -> StreamStart:
         """The position after some of this stream's sequences were read; arguments as in the base class."""
         last = int(more[-1]) if len(more) else taken - 1
         if last < 0:
@@ -162,10 +162,10 @@ class BlockStream(SequenceStream):
         leftovers = tuple((epoch, np.sort(np.concatenate(parts))) for epoch, parts in sorted(left.items()))
         seed, position, epoch, block = self._address(following)
         if block == 0:
-            return Begin(leftovers, epoch)
+            return StreamStart(leftovers, epoch)
         unread = self._division.position_after(block, seed=seed, position=position, epoch=epoch)
-        rest = Rest(seed=seed, position=position, epoch=epoch, first=block, documents=unread)
-        return Begin(leftovers, epoch + 1, rest)
+        rest = UnreadBlocks(seed=seed, position=position, epoch=epoch, first=block, documents=unread)
+        return StreamStart(leftovers, epoch + 1, rest)
 
     def _address(self, number: int) -> tuple[int, int, int, int]:
         """Seed, position, epoch, and number within the epoch, of a block of the stream that does not hold leftovers."""

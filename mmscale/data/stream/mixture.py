@@ -26,7 +26,7 @@ from mmscale.data.stream.composites import open_source
 from mmscale.data.stream.micro_batch import MicroBatch
 from mmscale.data.stream.orders import open_stream
 from mmscale.data.stream.packing import padded_lengths
-from mmscale.data.stream.sequences import START, Begin, PackSettings
+from mmscale.data.stream.sequences import START, PackSettings, StreamStart
 from mmscale.data.stream.source import Source
 from mmscale.data.stream.windows import Dealing, Window, deal_window
 from mmscale.data.vocab import NO_MODALITY, PAD, Vocabulary
@@ -98,7 +98,7 @@ class Mixture:
         spare: Path | None = None,
         shuffle: bool = True,
         once: bool = False,
-        begins: Sequence[Begin] | None = None,
+        begins: Sequence[StreamStart] | None = None,
         phases: Phases = (),
         start: int = 0,
         max_epochs: Sequence[int | None] | None = None,

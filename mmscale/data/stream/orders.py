@@ -7,13 +7,13 @@ from pathlib import Path
 
 from mmscale.data.stream.blocks import BlockStream
 from mmscale.data.stream.packing_cache import PackedStream
-from mmscale.data.stream.sequences import START, Begin, PackSettings, SequenceStream
+from mmscale.data.stream.sequences import START, PackSettings, SequenceStream, StreamStart
 from mmscale.data.stream.source import Source
 from mmscale.tables.settings import DATA_ORDERS
 
 
 def open_stream(
-    source: Source, packing: PackSettings, *, order: str, caches: Sequence[Path], begin: Begin = START
+    source: Source, packing: PackSettings, *, order: str, caches: Sequence[Path], begin: StreamStart = START
 ) -> SequenceStream:
     """The sequences of a source.
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from mmscale.data.arrays import read_array
 from mmscale.data.stream.cache_files import locked, write_array
 from mmscale.data.stream.packing import Packing, check_lengths, pack_epoch
-from mmscale.data.stream.sequences import START, Begin, PackSettings, SequenceStream, pack_documents
+from mmscale.data.stream.sequences import START, PackSettings, SequenceStream, StreamStart, pack_documents
 from mmscale.data.stream.source import Source
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class PackedStream(SequenceStream):
         DataError: a document is longer than a sequence.
     """
 
-    def __init__(self, source: Source, packing: PackSettings, *, cache: Path, begin: Begin = START) -> None:
+    def __init__(self, source: Source, packing: PackSettings, *, cache: Path, begin: StreamStart = START) -> None:
         check_lengths(source.lengths, seq_length=packing.seq_length, what=f"data: {source.folder} ({source.split})")
         super().__init__(source, packing, begin=begin)
         self._settings: dict[str, Any] = {
@@ -149,7 +149,7 @@ class PackedStream(SequenceStream):
             return pack_epoch(self.reader.lengths(epoch), epoch=epoch, **self._settings)
         return pack_documents(self.reader, np.asarray(documents), epoch=epoch, **self._settings)
 
-    def position_after(self, taken: int, more: NDArray[np.int64]) -> Begin:
+    def position_after(self, taken: int, more: NDArray[np.int64]) -> StreamStart:
         """The position after some of this stream's sequences were read.
 
         Args:
@@ -164,7 +164,7 @@ class PackedStream(SequenceStream):
         found = [one for number in numbers for one in self._unread(number, taken, more)]
         begun = [epoch + 1 for epoch, left in found if len(left) < len(self._documents(epoch))]
         following = max([self._begin.epoch, *begun, *self._epochs_of(first_block)[:1]])
-        return Begin(tuple((epoch, left) for epoch, left in found if epoch < following and len(left)), following)
+        return StreamStart(tuple((epoch, left) for epoch, left in found if epoch < following and len(left)), following)
 
     def _write(self, number: int, packing: Packing) -> None:
         """Write atomically; a full disk or a folder without write permission is not an error."""

@@ -29,7 +29,7 @@ from mmscale.data.stream.composites import read_as
 from mmscale.data.stream.mixture import Mixture
 from mmscale.data.stream.orders import open_stream
 from mmscale.data.stream.segment_settings import Key, Segment, segment_of
-from mmscale.data.stream.sequences import START, Begin, PackSettings
+from mmscale.data.stream.sequences import START, PackSettings, StreamStart
 from mmscale.data.stream.source import Source
 from mmscale.errors import DataError, MmscaleError
 from mmscale.tables.settings import DATA_ORDERS
@@ -163,7 +163,7 @@ def _at(config: Config, mixture: Mixture, closed: Sequence[Segment], segment: Se
     return _stream(segment, mixture.sources, begins, mixture)
 
 
-def _stream(segment: Segment, sources: Sequence[Source], begins: Sequence[Begin], mixture: Mixture) -> Mixture:
+def _stream(segment: Segment, sources: Sequence[Source], begins: Sequence[StreamStart], mixture: Mixture) -> Mixture:
     """The stream of a segment; `mixture` gives vocabulary and caches."""
     return mixture.like(
         sources,
@@ -184,7 +184,7 @@ def _stream(segment: Segment, sources: Sequence[Source], begins: Sequence[Begin]
     )
 
 
-def _begin(key: Key, source: Source, closed: Sequence[Segment], config: Config) -> Begin:
+def _begin(key: Key, source: Source, closed: Sequence[Segment], config: Config) -> StreamStart:
     """The position in a source after the segments that have read it."""
     begin, cache, today = START, config.data.cache, source
     for segment in closed:
@@ -214,7 +214,7 @@ def _begin(key: Key, source: Source, closed: Sequence[Segment], config: Config) 
     return _left(begin, today)
 
 
-def _left(begin: Begin, source: Source) -> Begin:
+def _left(begin: StreamStart, source: Source) -> StreamStart:
     """The same without leftovers that today's weights exclude."""
     if source.selection is None or not begin.leftovers:
         return begin

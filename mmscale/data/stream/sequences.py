@@ -26,7 +26,7 @@ _BLOCKS_IN_MEMORY = 2
 
 
 @dataclass(frozen=True)
-class Rest:
+class UnreadBlocks:
     """Blocks of a begun epoch of which nothing was read (order "blocks").
 
     Attributes:
@@ -44,7 +44,7 @@ class Rest:
 
 
 @dataclass(frozen=True, eq=False)
-class Begin:
+class StreamStart:
     """The beginning of a stream of a source that was read before, under other settings.
 
     Attributes:
@@ -55,7 +55,7 @@ class Begin:
 
     leftovers: tuple[tuple[int, NDArray[np.int64]], ...] = ()
     epoch: int = 0
-    rest: Rest | None = None
+    rest: UnreadBlocks | None = None
 
     @property
     def unread(self) -> int:
@@ -69,7 +69,7 @@ class Begin:
         return len({epoch for epoch, _ in self.leftovers} | ({self.rest.epoch} if self.rest else set()))
 
 
-START = Begin()
+START = StreamStart()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +157,7 @@ class SequenceStream(ABC):
         reader: reads them.
     """
 
-    def __init__(self, source: Source, packing: PackSettings, *, begin: Begin) -> None:
+    def __init__(self, source: Source, packing: PackSettings, *, begin: StreamStart) -> None:
         self.source = source
         self.reader = packing.reader(source)
         self._seq_length = packing.seq_length
@@ -175,7 +175,7 @@ class SequenceStream(ABC):
         """Sequences of the first whole epoch: exact for one pass, an estimate for a large source otherwise."""
 
     @abstractmethod
-    def position_after(self, taken: int, more: NDArray[np.int64]) -> Begin:
+    def position_after(self, taken: int, more: NDArray[np.int64]) -> StreamStart:
         """The position after some of this stream's sequences were read.
 
         Args:

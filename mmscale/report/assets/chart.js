@@ -261,7 +261,7 @@ class Chart {
     const { top, bottom } = this.box;
     DATA.runs.forEach((run, number) => {
       if (!this.shown().some((line) => line.run === number)) return;
-      for (const one of run.timeline.happenings) {
+      for (const one of run.timeline.events) {
         if (one.routine && one.event !== "resume") continue;
         const x = eventPlace(run, one);
         if (x === null || x < this.x0 || x > this.x1) continue;

@@ -8,17 +8,17 @@ const QUIET_WORDS = { finish: "finished", ended_early: "ended early", resume: "r
 const SPANS = { steps: "--s-steps", start_up: "--s-start", lost: "--s-lost" };
 
 // The meaning of the marks below the attempts, of those that are there.
-function marksLegend(happenings) {
+function marksLegend(events) {
   const own = (shape) => { const svg = el("svg", { width: 14, height: 14, viewBox: "0 0 14 14", style: "vertical-align:-2px;margin-right:.3rem", "aria-hidden": "true" }); svg.append(shape); return svg; };
-  const found = [], has = (name) => happenings.some((one) => one.event === name);
+  const found = [], has = (name) => events.some((one) => one.event === name);
   if (has("save_committed")) found.push([el("line", { x1: 7, x2: 7, y1: 4, y2: 10, stroke: "var(--soft)", "stroke-width": 1.5 }), "checkpoint saved"]);
   for (const [name, word] of Object.entries(QUIET_WORDS)) if (has(name)) found.push([el("path", { d: MARKS[QUIET[name][0]](7, 7), fill: `var(${QUIET[name][1]})`, "fill-opacity": 0.45, stroke: `var(${QUIET[name][1]})` }), word]);
-  if (happenings.some((one) => !one.routine)) found.push([el("path", { d: "M2.5,2.5l9,9m0,-9l-9,9", stroke: "var(--bad)", "stroke-width": 2.2, fill: "none" }), "other event: point at it"]);
+  if (events.some((one) => !one.routine)) found.push([el("path", { d: "M2.5,2.5l9,9m0,-9l-9,9", stroke: "var(--bad)", "stroke-width": 2.2, fill: "none" }), "other event: point at it"]);
   return el("div", { class: "legend marks", style: "margin:0 .5rem .3rem" }, ...found.map(([shape, word]) => el("span", {}, own(shape), word)));
 }
 
 function timelineOf(run, parent) {
-  const { spans, happenings, goodput, seconds, measured_start } = run.timeline;
+  const { spans, events, goodput, seconds, measured_start } = run.timeline;
   const box = el("section", { class: "panel wide", id: `timeline-${DATA.runs.indexOf(run)}` });
   const parts = PARTS.filter(([name]) => (seconds[name] ?? 0) > 0), total = parts.reduce((sum, [name]) => sum + seconds[name], 0);
   const word = goodput === null ? "" : `goodput ${(100 * goodput).toFixed(1)} %: the share of allocated time in steps that count`;
@@ -28,7 +28,7 @@ function timelineOf(run, parent) {
   const strip = el("div", { class: "strip" });
   box.append(strip);
   const draw = () => {
-    const W = Math.max(300, strip.clientWidth), left = 8, right = W - 8, end = Math.max(...spans.map((s) => s.end), ...happenings.map((h) => h.hours), 1e-9);
+    const W = Math.max(300, strip.clientWidth), left = 8, right = W - 8, end = Math.max(...spans.map((s) => s.end), ...events.map((h) => h.hours), 1e-9);
     const sx = (h) => left + (h / end) * (right - left), svg = el("svg", { height: 92, viewBox: `0 0 ${W} 92`, role: "img", "aria-label": "timeline" });
     for (const span of spans) {
       const width = Math.max(1, sx(span.end) - sx(span.begin));
@@ -42,7 +42,7 @@ function timelineOf(run, parent) {
       const mine = spans.filter((s) => s.attempt === attempt), from = sx(mine[0].begin), to = sx(mine.at(-1).end);
       if (to - from > 14) svg.append(el("text", { x: from + 3, y: 16 }, to - from > 70 ? `attempt ${attempt}` : String(attempt)));
     }
-    const drawn = happenings.filter((one) => !one.routine || one.event === "save_committed" || one.event in QUIET);
+    const drawn = events.filter((one) => !one.routine || one.event === "save_committed" || one.event in QUIET);
     // What stands at a place: marks may hide each other.
     const near = (x) => drawn.filter((one) => Math.abs(sx(one.hours) - x) < 6).slice(0, 8).flatMap((one) => {
       const where = one.step === null ? "" : ` at step ${one.step.toLocaleString("en")}`;
@@ -64,7 +64,7 @@ function timelineOf(run, parent) {
     strip.replaceChildren(svg);
   };
   listeners.push(draw);
-  box.append(marksLegend(happenings));
+  box.append(marksLegend(events));
   if (total > 0) {
     const row = el("div", { style: "display:flex;height:1.1rem;border-radius:5px;overflow:hidden;margin:.5rem .5rem .3rem" });
     for (const [name, text, tint] of parts) {

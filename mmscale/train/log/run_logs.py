@@ -22,7 +22,7 @@ from mmscale.runs.attempts import LATEST_SETTINGS, settings_name
 from mmscale.runs.events import EventLog
 from mmscale.runtime.disk_writer import Appended, DiskWriter, replacing
 from mmscale.runtime.environment import ENVIRONMENT, environment_of_run, environment_text
-from mmscale.runtime.held_folder import HeldFolder
+from mmscale.runtime.open_folder import OpenFolder
 from mmscale.train.log.metrics_log import MetricsLog
 from mmscale.train.log.sink_run import SinkRun, shown_settings
 from mmscale.train.log.sinks import Backends, backends_of
@@ -80,7 +80,7 @@ class RunLogs:
     events: EventLog | None = None
     backends: Callable[[Config], Backends | None] = lambda config: None
     writer: DiskWriter | None = None
-    folder: HeldFolder | None = None
+    folder: OpenFolder | None = None
     transcript: Transcript = field(default_factory=lambda: Transcript(None))
 
     def begin(self, config: Config, run: Path, *, attempt: int) -> None:
@@ -148,7 +148,7 @@ def open_run_logs(
         raise SaveError(f"{folder} cannot be made: {error.strerror}", remedy="choose another run.dir") from None
     fence.check()
     writer = DiskWriter(str(folder))
-    with HeldFolder(folder) as held:
+    with OpenFolder(folder) as held:
         events = EventLog(held.stable, attempt, may_write=fence.check, writer=writer)
         writer.on_change = events.add
         metrics = MetricsLog(held.stable, attempt=attempt, may_write=fence.check, writer=writer)
@@ -169,7 +169,7 @@ def open_run_logs(
             writer.close()
 
 
-def _backends(held: HeldFolder, name: str, log: LogConfig | None, events: EventLog, config: Config) -> Backends | None:
+def _backends(held: OpenFolder, name: str, log: LogConfig | None, events: EventLog, config: Config) -> Backends | None:
     if log is None:
         return None
     return backends_of(

@@ -99,7 +99,7 @@ class Trial:
 
     def _checkpoints(self, folder: Path) -> CheckpointManager:
         return CheckpointManager(
-            folder, every=0, keep=1, attempt=1, info={}, on_event=_unheard, seed=self.config.run.seed
+            folder, every=0, keep=1, attempt=1, info={}, on_event=_ignore_event, seed=self.config.run.seed
         )
 
 
@@ -143,5 +143,5 @@ def with_share(config: Config) -> Config:
     return config.model_copy(update={"model": config.model.model_copy(update={"experts": experts})})
 
 
-def _unheard(*event: object, **fields: object) -> None:
+def _ignore_event(*event: object, **fields: object) -> None:
     """Ignores the events of checkpoints, because a trial has no log."""

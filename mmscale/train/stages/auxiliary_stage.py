@@ -32,7 +32,7 @@ from mmscale.train.hooks import held_out_line
 from mmscale.train.log.layers_log import LayersHook
 from mmscale.train.loop import Hook
 from mmscale.train.stage_state import StageState
-from mmscale.train.stages.built import Given, Tools
+from mmscale.train.stages.built import StageInputs, StageServices
 from mmscale.train.stages.origin import main_origin
 from mmscale.train.stages.stage_report import REPORT, by_kind
 from mmscale.train.state.router_state import (
@@ -58,7 +58,7 @@ class AuxiliaryStage:
         CheckpointError: the main run's checkpoint is damaged.
     """
 
-    def __init__(self, given: Given) -> None:
+    def __init__(self, given: StageInputs) -> None:
         self.given = given
         self.store = Store.of_run(given.run)
         first = given.env.is_first
@@ -123,14 +123,14 @@ class AuxiliaryStage:
             "the loss of a step is that of the routers: cross entropy with batch routing's choices, 0.69 for guesses",
         ]
 
-    def hooks(self, tools: Tools, batches: BatchLoader) -> list[Hook]:
+    def hooks(self, tools: StageServices, batches: BatchLoader) -> list[Hook]:
         """Metrics of every layer; calibration of thresholds after the last step, before it is saved."""
         return [
             LayersHook(self.given.settings, groups=self.given.groups, metrics=tools.logs.metrics),
             CalibrationHook(self.given, self.stepper, self.state, tools=tools, batches=batches),
         ]
 
-    def resumed(self, tools: Tools) -> None:
+    def resumed(self, tools: StageServices) -> None:
         """Nothing: the only evaluation comes after the last step."""
 
     def is_complete(self) -> bool:
@@ -153,7 +153,7 @@ class AuxiliaryStage:
         own = identities(config, read_blend(config))
         return [] if trained is None or same_documents(trained, own) else [one.path for one in own]
 
-    def complete(self, tools: Tools) -> None:
+    def complete(self, tools: StageServices) -> None:
         """Evaluate the routers on held-out data: metrics of every layer, and losses compared with batch routing."""
         learning = RouterLearning(gradients=False)
         found: dict[str, dict[str, dict[str, float]]] = {}
@@ -196,7 +196,13 @@ class CalibrationHook:
     """
 
     def __init__(
-        self, given: Given, stepper: RouterStepper, state: RouterState, *, tools: Tools, batches: BatchLoader
+        self,
+        given: StageInputs,
+        stepper: RouterStepper,
+        state: RouterState,
+        *,
+        tools: StageServices,
+        batches: BatchLoader,
     ) -> None:
         self.given = given
         self.stepper = stepper

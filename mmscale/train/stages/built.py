@@ -23,7 +23,7 @@ from mmscale.train.throughput import Throughput
 
 
 @dataclass(frozen=True)
-class Given:
+class StageInputs:
     """The inputs for building a stage, on every rank.
 
     Attributes:
@@ -59,7 +59,7 @@ class Evaluate(Protocol):
 
 
 @dataclass(frozen=True)
-class Tools:
+class StageServices:
     """The trainer's services for a stage's own hooks and for its completion.
 
     Attributes:
@@ -106,7 +106,7 @@ class BuiltStage(Protocol):
     def announce(self, *, attempt: int) -> list[str]:
         """Lines for the terminal before the first step of an attempt."""
 
-    def hooks(self, tools: Tools, batches: BatchLoader) -> list[Hook]:
+    def hooks(self, tools: StageServices, batches: BatchLoader) -> list[Hook]:
         """Hooks that only this stage has.
 
         Args:
@@ -114,7 +114,7 @@ class BuiltStage(Protocol):
             batches: gives the batches that follow the step's.
         """
 
-    def resumed(self, tools: Tools) -> None:
+    def resumed(self, tools: StageServices) -> None:
         """Finish what the previous attempt left undone after the step from which this one resumes.
 
         Raises:
@@ -124,7 +124,7 @@ class BuiltStage(Protocol):
     def is_complete(self) -> bool:
         """Whether nothing is left to do after the last step was saved."""
 
-    def complete(self, tools: Tools) -> None:
+    def complete(self, tools: StageServices) -> None:
         """Do the work that follows the save of the last step.
 
         If this attempt is killed in it, the next one calls it again.

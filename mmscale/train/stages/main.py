@@ -16,13 +16,13 @@ from mmscale.train.hooks import EvalHook
 from mmscale.train.log.layers_log import LayersHook
 from mmscale.train.log.progress_lines import banner, source_shares
 from mmscale.train.loop import Hook
-from mmscale.train.stages.built import Given, Tools
+from mmscale.train.stages.built import StageInputs, StageServices
 
 
 class MainStage:
     """The model with its optimizer (`BuiltStage`)."""
 
-    def __init__(self, given: Given) -> None:
+    def __init__(self, given: StageInputs) -> None:
         self.given = given
         parts = build_parts(given.settings, given.groups)
         self.stepper = parts.stepper
@@ -54,7 +54,7 @@ class MainStage:
         )
         return [shown, *notes(config)]
 
-    def hooks(self, tools: Tools, batches: BatchLoader) -> list[Hook]:
+    def hooks(self, tools: StageServices, batches: BatchLoader) -> list[Hook]:
         """Metrics of every layer, and evaluation of held-out data."""
         config, metrics = self.given.settings, tools.logs.metrics
         layers = LayersHook(config, groups=self.given.groups, metrics=metrics)
@@ -63,7 +63,7 @@ class MainStage:
             tools.progress.say("there are no held-out documents: nothing is evaluated")
         return [layers, evaluation] if evaluation is not None else [layers]
 
-    def resumed(self, tools: Tools) -> None:
+    def resumed(self, tools: StageServices) -> None:
         """Evaluate after the step from which this attempt resumes, if a stop request interrupted that."""
         evaluation = _evaluation(self.given.settings, tools)
         if evaluation is not None and not self.is_complete():
@@ -74,12 +74,12 @@ class MainStage:
         first, folder, step = self.given.env.is_first, self.given.folder, self.state.step
         return not from_first(evaluation_cut_short(folder, step) if first else None)
 
-    def complete(self, tools: Tools) -> None:
+    def complete(self, tools: StageServices) -> None:
         """As `resumed`, after the last step."""
         self.resumed(tools)
 
 
-def _evaluation(config: Config, tools: Tools) -> EvalHook | None:
+def _evaluation(config: Config, tools: StageServices) -> EvalHook | None:
     """The hook that evaluates held-out data; None if there is none."""
     if tools.evaluate is None:
         return None

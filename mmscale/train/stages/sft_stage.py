@@ -15,7 +15,7 @@ from mmscale.errors import CheckpointError
 from mmscale.runtime.groups import from_first
 from mmscale.train.loop import Hook
 from mmscale.train.preflight import newest_whole
-from mmscale.train.stages.built import Given, Tools
+from mmscale.train.stages.built import StageInputs, StageServices
 from mmscale.train.stages.main import MainStage
 from mmscale.train.stages.origin import main_origin
 from mmscale.train.stages.sft_settings import NAME, main_step
@@ -28,7 +28,7 @@ class SftStage(MainStage):
         CheckpointError: the main checkpoint is damaged.
     """
 
-    def __init__(self, given: Given) -> None:
+    def __init__(self, given: StageInputs) -> None:
         super().__init__(given)
         saved = from_first(newest_whole(Store.of_run(given.folder))[1] if given.env.is_first else None)
         self._begins = not saved
@@ -64,7 +64,7 @@ class SftStage(MainStage):
         first = f"fine-tuning {self.given.run}@{self._origin.get('main_step')}: the loss is that of answers"
         return [*super().announce(attempt=attempt), first]
 
-    def hooks(self, tools: Tools, batches: BatchLoader) -> list[Hook]:
+    def hooks(self, tools: StageServices, batches: BatchLoader) -> list[Hook]:
         """As for the main stage.
 
         Raises:

@@ -96,7 +96,7 @@ def restore(state: StageState, tensors: Mapping[str, Tensor], plain: Mapping[str
         optimizer._copy_main_params_to_model_params()
     state.gather()
     state.restore_progress(plain["progress"])
-    random_state.restore(_put_together(plain["random"], tensors))
+    random_state.restore(_assemble(plain["random"], tensors))
 
 
 def _distributed(state: StageState) -> list[DistributedOptimizer]:
@@ -140,9 +140,9 @@ def _taken_apart(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     return value
 
 
-def _put_together(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+def _assemble(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if isinstance(value, str) and value.startswith(_TENSOR):
         return tensors[value.removeprefix(_TENSOR)].clone()
     if isinstance(value, dict):
-        return {key: _put_together(entry, tensors) for key, entry in value.items()}
+        return {key: _assemble(entry, tensors) for key, entry in value.items()}
     return value

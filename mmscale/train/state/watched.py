@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from mmscale.checkpoint.save_settings import Best
+from mmscale.checkpoint.save_settings import BestCheckpoint
 from mmscale.config import Config
 from mmscale.runs.breaks import break_of
 from mmscale.runs.done import describe_done
@@ -27,10 +27,10 @@ class Watched(Protocol):
     watched: dict[str, HeldOutTrend]
 
 
-class SavesBest(Protocol):
+class BestSaver(Protocol):
     """An object that saves and keeps the best checkpoint."""
 
-    best: Best | None
+    best: BestCheckpoint | None
 
 
 class Watch:
@@ -49,7 +49,7 @@ class Watch:
         config: Config,
         state: Watched,
         *,
-        saver: SavesBest,
+        saver: BestSaver,
         on_event: Callable[..., None],
         say: Callable[[str], None],
     ) -> None:
@@ -102,7 +102,7 @@ class Watch:
         if metric is None or trend is None or not math.isfinite(trend.best):
             self.saver.best = None
         else:
-            self.saver.best = Best(metric, trend.best_step, trend.best)
+            self.saver.best = BestCheckpoint(metric, trend.best_step, trend.best)
 
     def is_over(self) -> bool:
         """Whether nothing is left to train: the last step is done, or held-out values have not improved for long."""

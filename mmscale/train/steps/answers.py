@@ -1,6 +1,6 @@
 """Log-probabilities of the tokens that tasks ask for, computed with the layout that trains, without storing logits.
 
-mmscale.data.stream.asked packs the questions; task_scores.py scores the answers.
+mmscale.data.stream.answer_requests packs the questions; task_scores.py scores the answers.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from mmscale.config import Config
 from mmscale.config.derived import global_micro_batches
-from mmscale.data.stream.asked import Answers, Asked, PackedQuestions
+from mmscale.data.stream.answer_requests import AnswerRequest, Answers, PackedQuestions
 from mmscale.data.vocab import Vocabulary
 from mmscale.runtime import device
 from mmscale.tables.routings import Routing
@@ -22,7 +22,7 @@ from mmscale.train.steps.step import Steps, reduce_sums
 
 
 def answers(
-    asked: Sequence[Asked],
+    asked: Sequence[AnswerRequest],
     *,
     config: Config,
     stepper: Steps,

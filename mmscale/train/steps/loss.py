@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mmscale.config import Config
-from mmscale.data.stream.asked import WantedTokens
+from mmscale.data.stream.answer_requests import WantedTokens
 from mmscale.tables import plugins
 from mmscale.tables.plugins import Use
 from mmscale.tables.settings import LOSSES

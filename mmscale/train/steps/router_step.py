@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mmscale.data.stream.asked import WantedTokens
+from mmscale.data.stream.answer_requests import WantedTokens
 from mmscale.train.steps.auxiliary_routers import AuxiliaryTrainer, summary
 from mmscale.train.steps.batch import Batch
 from mmscale.train.steps.step import Stepper, StepResult

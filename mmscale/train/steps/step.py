@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mmscale.config import Config
 from mmscale.config.derived import CONDITIONAL
-from mmscale.data.stream.asked import WantedTokens
+from mmscale.data.stream.answer_requests import WantedTokens
 from mmscale.data.stream.conditions import conditional_names
 from mmscale.model.output import without_logits
 from mmscale.runtime import device

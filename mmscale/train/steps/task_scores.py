@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from mmscale.data.prepared.tasks import TaskItem
-from mmscale.data.stream.asked import Answers, Asked
+from mmscale.data.stream.answer_requests import AnswerRequest, Answers
 
-AnswersOf = Callable[[Sequence[Asked]], Answers]  # a model
+AnswersOf = Callable[[Sequence[AnswerRequest]], Answers]  # a model
 NORMAL_95 = 1.959964  # quantile of the normal distribution for a 95 % interval
 
 
@@ -93,10 +93,14 @@ def score(items: Sequence[TaskItem], *, answers: AnswersOf) -> Score:
     """
     chance = chance_of(items)
     if chance is None:
-        found = answers([Asked(item.ids[: item.answer[1]], item.answer[0]) for item in items])
+        found = answers([AnswerRequest(item.ids[: item.answer[1]], item.answer[0]) for item in items])
         lengths = [end - start for start, end in (item.answer for item in items)]
         return Score(int((found.likeliest == lengths).sum()), len(items), None)
-    asked = [Asked((*item.ids[: item.answer[0]], *choice), item.answer[0]) for item in items for choice in item.choices]
+    asked = [
+        AnswerRequest((*item.ids[: item.answer[0]], *choice), item.answer[0])
+        for item in items
+        for choice in item.choices
+    ]
     log_p, right, first = answers(asked).log_p, 0, 0
     for item in items:
         own = log_p[first : first + len(item.choices)]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from launch import cordon, nodes, scheduler
-from launch.nodes import Unfit
+from launch.nodes import UnfitNode
 from launch.profile import profile_of
 from launch.record import Record
 from tests.unit.launch.fake_slurm import FakeSlurm
@@ -28,7 +28,7 @@ def record(file: Path, *, count: int) -> Record:
     return Record("f", str(file.parent / "run"), str(file.parent), "c", profile, count, 1, 3, 3)
 
 
-def refused(file: Path, *, count: int, **bad: Unfit) -> tuple[str, str]:
+def refused(file: Path, *, count: int, **bad: UnfitNode) -> tuple[str, str]:
     """What a job of some nodes says of bad ones."""
     one = record(file, count=count)
     error = nodes.refusal(one, one.checked_profile(), bad)
@@ -47,19 +47,19 @@ def test_lines_expire_unless_a_person_wrote_them(file: Path) -> None:
 
 
 def test_the_same_cause_on_two_nodes_is_the_jobs(file: Path) -> None:
-    two = {node: Unfit(f"no answer: {node} said 7", True) for node in ("n1", "n2")}
+    two = {node: UnfitNode(f"no answer: {node} said 7", True) for node in ("n1", "n2")}
     cause, remedy = refused(file, count=4, **two)
     assert not file.exists() and "n1 is not cordoned: several nodes have the same problem" in cause
     assert str(file) in remedy
-    cause, _ = refused(file, count=4, **two, n3=Unfit("disk: 0.1 GB free", True))
+    cause, _ = refused(file, count=4, **two, n3=UnfitNode("disk: 0.1 GB free", True))
     assert cordon.read(file) == ["n3"]
     file.unlink()
-    refused(file, count=4, n1=Unfit("disk: 1 GB", True), n2=Unfit("clock: 40 s", True))  # two causes
+    refused(file, count=4, n1=UnfitNode("disk: 1 GB", True), n2=UnfitNode("clock: 40 s", True))  # two causes
     assert cordon.read(file) == ["n1", "n2"]
 
 
 def test_devices_may_break_on_two_nodes_at_once(file: Path) -> None:
-    broken = Unfit("gpus: 7 of 8 GPUs are there", True, hardware=True)
+    broken = UnfitNode("gpus: 7 of 8 GPUs are there", True, hardware=True)
     refused(file, count=4, n1=broken, n2=broken)
     assert cordon.read(file) == ["n1", "n2"]
     file.unlink()
@@ -69,12 +69,12 @@ def test_devices_may_break_on_two_nodes_at_once(file: Path) -> None:
 
 def test_the_same_cause_as_in_an_earlier_job_is_the_jobs_too(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Jobs of one node, one after the other."""
-    refused(file, count=1, n1=Unfit("shared_memory: 0.05 GB", True))
-    refused(file, count=1, n2=Unfit("shared_memory: 0.07 GB", True))
+    refused(file, count=1, n1=UnfitNode("shared_memory: 0.05 GB", True))
+    refused(file, count=1, n2=UnfitNode("shared_memory: 0.07 GB", True))
     assert cordon.read(file) == ["n1"]
     assert "n1 is there for the same: probably no node is at fault" in capsys.readouterr().err
-    refused(file, count=1, n3=Unfit("gpu_xid: XID 79", True, hardware=True))
-    refused(file, count=1, n4=Unfit("gpu_xid: XID 48", True, hardware=True))
+    refused(file, count=1, n3=UnfitNode("gpu_xid: XID 79", True, hardware=True))
+    refused(file, count=1, n4=UnfitNode("gpu_xid: XID 48", True, hardware=True))
     assert cordon.read(file) == ["n1", "n3", "n4"]
 
 

@@ -19,7 +19,7 @@ from launch.nodes import _main_error, slow_nodes
 from launch.profile import Check
 from slurm import bandwidth, preflight
 from slurm.bandwidth import pairs
-from slurm.preflight import CHECKS, MAX_SKEW_S, Wanted, clock_problems, examine
+from slurm.preflight import CHECKS, MAX_SKEW_S, NodeRequirements, clock_problems, examine
 from tests.support import run_ranks
 
 ROOT = Path(__file__).parents[3]
@@ -34,7 +34,7 @@ def smi(**changes: list[list[str]]) -> Callable[[str], list[list[str]]]:
 
 
 def problems(run: Path, *, skip: tuple[str, ...] = (), **changes: list[list[str]]) -> dict[str, str]:
-    wanted = Wanted(gpus=2, disk_gb=0, shared_memory_gb=0, run=run)
+    wanted = NodeRequirements(gpus=2, disk_gb=0, shared_memory_gb=0, run=run)
     return examine(wanted, skip=skip, smi=smi(**changes), kernel=lambda: "")["problems"]
 
 
@@ -62,7 +62,7 @@ def test_errors_of_the_driver_that_only_a_reset_mends(tmp_path: Path) -> None:
         "[  12.3] NVRM: Xid (PCI:0000:3b:00): 13, pid=411, Graphics Exception\n"  # a program's own fault
         "[9912.3] NVRM: Xid (PCI:0000:5e:00): 79, pid='<unknown>', GPU has fallen off the bus.\n"
     )
-    wanted = Wanted(gpus=2, disk_gb=0, shared_memory_gb=0, run=tmp_path)
+    wanted = NodeRequirements(gpus=2, disk_gb=0, shared_memory_gb=0, run=tmp_path)
     found = examine(wanted, smi=smi(), kernel=lambda: said)
     assert found["problems"] == {"gpu_xid": "since this node started: XID 79 of PCI 0000:5e:00"}
     assert found["measured"]["gpu_xids"] == [13, 79]
@@ -70,15 +70,15 @@ def test_errors_of_the_driver_that_only_a_reset_mends(tmp_path: Path) -> None:
 
 
 def test_space_and_the_run_folder(tmp_path: Path) -> None:
-    found = examine(Wanted(disk_gb=1e9, shared_memory_gb=1e9, run=tmp_path))["problems"]
+    found = examine(NodeRequirements(disk_gb=1e9, shared_memory_gb=1e9, run=tmp_path))["problems"]
     assert set(found) == {"disk", "shared_memory"} and "wants 1e+09" in found["disk"]
-    gone = examine(Wanted(disk_gb=0, shared_memory_gb=0, run=tmp_path / "gone"), skip=("disk",))["problems"]
+    gone = examine(NodeRequirements(disk_gb=0, shared_memory_gb=0, run=tmp_path / "gone"), skip=("disk",))["problems"]
     assert list(gone) == ["run_folder"] and "No such file" in gone["run_folder"]
 
 
 def test_without_a_driver_the_devices_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    found = examine(Wanted(gpus=1, disk_gb=0, shared_memory_gb=0, run=tmp_path))["problems"]
+    found = examine(NodeRequirements(gpus=1, disk_gb=0, shared_memory_gb=0, run=tmp_path))["problems"]
     assert "nvidia-smi" in found["gpus"]
 
 
@@ -89,7 +89,7 @@ def test_a_driver_that_dies_without_a_word_is_a_problem_and_no_exception(
     smi.write_text("#!/bin/bash\nulimit -c 0\nkill -SEGV $$\n")
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    found = examine(Wanted(gpus=1, disk_gb=0, shared_memory_gb=0, run=tmp_path))["problems"]
+    found = examine(NodeRequirements(gpus=1, disk_gb=0, shared_memory_gb=0, run=tmp_path))["problems"]
     assert found == dict.fromkeys(("gpus", "gpu_idle", "gpu_memory_errors"), "nvidia-smi: exit status -11")
 
 
@@ -249,7 +249,7 @@ def test_the_line_that_says_why_a_step_failed(said: str, wanted: str) -> None:
 
 
 def test_a_python_that_lacks_what_ranks_import(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    wanted = Wanted(run=tmp_path)
+    wanted = NodeRequirements(run=tmp_path)
     assert "python" not in examine(wanted)["problems"]
     monkeypatch.setattr(preflight, "MODULES", ("json", "no_such_module"))
     assert examine(wanted)["problems"]["python"].endswith(" has no no_such_module")

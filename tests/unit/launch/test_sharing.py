@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from launch import passed, submit
+from launch import job_environment, submit
 from launch.scheduler import JobState
 from mmscale.cli import main
 from mmscale.resilience.run_lock import RunLock
@@ -61,7 +61,7 @@ def launched(folder: Path, share: str, monkeypatch: pytest.MonkeyPatch) -> Path:
     run = Path(planned[0].record.run)
     # What the job writes: its log is made by SLURM, which takes over the umask of sbatch.
     assert (folder / "bin" / "umask").read_text() == {"owner": "0077\n", "group": "0027\n"}[share]
-    with passed.shared(planned[0].record.checked_profile()):
+    with job_environment.shared(planned[0].record.checked_profile()):
         (Path(planned[0].record.folder) / "submitit" / "7_0_log.out").write_text("attempt 1\n")
         with RunLock(run, job="7", by="launch") as lock:
             lock.take("7.0.0", attempt=1)

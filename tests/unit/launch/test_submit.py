@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from launch import batch, passed, rank_processes, submit
+from launch import batch, job_environment, rank_processes, submit
 from launch import rank_command as ranks
 from launch import record as records
 from mmscale.errors import CheckpointError, ConfigError, LaunchError, MmscaleError, UsageError
@@ -341,7 +341,7 @@ def test_secrets_and_facts_of_other_ranks_stay_here(config: Path, monkeypatch: p
     (planned,) = submit.plan_launch(
         config, cluster=profile(config.parent, keep=["OTHER_*"], environment={"B": {"value": "2", "reason": "r"}})
     )
-    with passed.only(planned.record.checked_profile()):
+    with job_environment.only(planned.record.checked_profile()):
         inside = dict(os.environ)
     assert {"PATH", "MMSCALE_FAULTS", "OTHER_A"} <= set(inside) and inside["B"] == "2"
     assert not {"MMSCALE_API_KEY", "HF_TOKEN", "SOMETHING", "MMSCALE_ATTEMPT_ID", "OTHER_TOKEN"} & set(inside)
@@ -361,10 +361,10 @@ def test_exported_functions_and_what_nodes_need_to_reach_others_are_passed_and_n
     shell |= {"HTTPS_PROXY": "http://proxy:3128", "NCCL_IB_HCA": "mlx5", "HF_HOME": "/hf", "PYTHONPATH": "/mine"}
     secrets = {"HF_TOKEN": "x", "WANDB_API_KEY": "x", "http_proxy": "http://me:password@proxy:3128"}
     monkeypatch.setattr(os, "environ", shell | secrets | {"EDITOR": "vi"})
-    found = passed.passed(planned.record.checked_profile())
+    found = job_environment.environment_of_job(planned.record.checked_profile())
     assert found.variables == shell
     assert found.withheld == ("HF_TOKEN", "WANDB_API_KEY", "http_proxy")
-    names, withheld = passed.comments(planned.record.checked_profile())
+    names, withheld = job_environment.comments(planned.record.checked_profile())
     assert {"module()", "ml()", "HTTPS_PROXY", "PYTHONPATH"} <= set(names.split())
     assert withheld.endswith("HF_TOKEN WANDB_API_KEY http_proxy") and "password" not in withheld
 
@@ -403,20 +403,23 @@ def test_secrets_reach_the_job_by_files_and_stay_out_of_everything_else(
     text = submit.script([planned])
     assert "4711" not in text and "# Secrets, which the job reads from files: OTHER_TOKEN WANDB_API_KEY" in text
     records.write_record(planned.record, planned.config)
-    passed.write_secrets(used, folder)
-    (written,) = (folder / passed.SECRETS).iterdir()
+    job_environment.write_secrets(used, folder)
+    (written,) = (folder / job_environment.SECRETS).iterdir()
     assert written.name == "WANDB_API_KEY" and written.stat().st_mode & 0o077 == 0
     others = [entry for entry in folder.rglob("*") if entry.is_file() and entry != written]
     assert not [entry for entry in others if b"4711" in entry.read_bytes() and "code" not in entry.parts]
-    with passed.only(used):
+    with job_environment.only(used):
         assert "WANDB_API_KEY" not in os.environ
-    assert passed.read_secrets(used, folder) == {"WANDB_API_KEY": "of-the-shell-4711", "OTHER_TOKEN": "of-a-file-4711"}
-    passed.remove_secrets(folder)
+    assert job_environment.read_secrets(used, folder) == {
+        "WANDB_API_KEY": "of-the-shell-4711",
+        "OTHER_TOKEN": "of-a-file-4711",
+    }
+    job_environment.remove_secrets(folder)
     with pytest.raises(LaunchError, match="secret WANDB_API_KEY cannot be read"):
-        passed.read_secrets(used, folder)
+        job_environment.read_secrets(used, folder)
     monkeypatch.delenv("WANDB_API_KEY")
     with pytest.raises(UsageError, match=r"secrets\.WANDB_API_KEY of the profile: the variable WANDB_API_KEY of this"):
-        passed.check_secrets(used)
+        job_environment.check_secrets(used)
     for wrong in ({}, {"env": "A", "file": "b"}):
         with pytest.raises(ConfigError, match="a secret has either env or file"):
             script(config, secrets={"A": wrong})

@@ -12,7 +12,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from mmscale.errors import UsageError
-from mmscale.report import figures, look
+from mmscale.report import figure_style, figures
 from mmscale.runs.events import EventLog
 from mmscale.train.log.metrics_log import MetricsLog
 
@@ -109,7 +109,7 @@ def test_sample_rows_of_unit_range_and_of_nothing(tmp_path: Path) -> None:
     [(0.0, "0"), (2.5e-3, "2.5e-3"), (3e-3, "3e-3"), (-1e-4, "-1e-4"), (9.96e-3, "1e-2"), (0.5, "0.5"), (15e3, "15k")],
 )
 def test_tick_labels_tell_ticks_apart(value: float, label: str) -> None:
-    assert look.engineering(value, 0) == label
+    assert figure_style.engineering(value, 0) == label
 
 
 @pytest.mark.parametrize(
@@ -117,14 +117,14 @@ def test_tick_labels_tell_ticks_apart(value: float, label: str) -> None:
     [(0.01, (36.0, "seconds")), (0.04, (2.4, "minutes")), (50.0, (50.0, "hours")), (240.0, (10.0, "days"))],
 )
 def test_times_have_the_unit_that_fits(hours: float, shown: tuple[float, str]) -> None:
-    factor, unit = look.clock_unit(hours)
+    factor, unit = figure_style.clock_unit(hours)
     assert (pytest.approx(hours * factor), unit) == shown
 
 
 @pytest.mark.parametrize("steps", [3, 60, 1200])
 def test_ticks_are_at_round_whole_steps(steps: int) -> None:
-    axes = look.new_figure(width=8.0, height=3.0).add_subplot()
+    axes = figure_style.new_figure(width=8.0, height=3.0).add_subplot()
     axes.plot([1, steps], [0.0, 1.0])
-    look.whole_steps(axes)
+    figure_style.whole_steps(axes)
     (distance,) = {round(float(gap), 6) for gap in np.diff(axes.get_xticks())}
     assert distance % 1 == 0 and str(int(distance)).rstrip("0") in ("1", "2", "5")

@@ -184,7 +184,7 @@ def test_a_run_that_was_killed_and_went_on(tmp_path: Path) -> None:
     (run,) = page.read_runs([make_run(tmp_path / "run", resumed_at=20)], goodput=goodput)
     spans = [(one.kind, one.attempt, round((one.end - one.begin) * 3600)) for one in run.timeline.spans]
     assert spans == [("steps", 1, 40), ("lost", 1, 20), ("steps", 2, 20)]
-    (death,) = [one for one in run.timeline.happenings if not one.routine]
+    (death,) = [one for one in run.timeline.events if not one.routine]
     assert (death.event, death.attempt, death.step, round(death.hours * 3600)) == ("died", 1, 30, 60)
     assert run.timeline.seconds == {
         "start_up": 0, "steps": 60, "save_stall": 0, "evaluation": 0, "lost": 20, "other": 0, "waiting": 60,
@@ -213,7 +213,7 @@ def test_a_stop_on_request_loses_nothing_and_is_routine(tmp_path: Path) -> None:
     assert spans == [("steps", 1, 50)]
     seconds = found.timeline.seconds
     assert (seconds["steps"], seconds["save_stall"], seconds["lost"]) == (48, 2, 0)
-    assert all(one.routine for one in found.timeline.happenings)
+    assert all(one.routine for one in found.timeline.events)
     assert "not routine" not in written([run], tmp_path / "report.html")
 
 
@@ -230,7 +230,7 @@ def test_the_start_of_a_local_process_is_known(tmp_path: Path) -> None:
     assert found.timeline.seconds["start_up"] == pytest.approx(9.0)
     assert next((one.kind, one.begin) for one in found.timeline.spans) == ("start_up", 0.0)
     assert min(found.axes["hours"]) >= 9.0 / 3600
-    assert all("since" not in one.text for one in found.timeline.happenings)
+    assert all("since" not in one.text for one in found.timeline.events)
 
 
 def test_a_killed_attempt_changes_no_sum(tmp_path: Path) -> None:
@@ -322,7 +322,7 @@ def test_every_event_is_counted_and_the_last_are_listed(tmp_path: Path) -> None:
     text = written([run], tmp_path / "report.html")
     assert "1,000 events that are not routine; the last 200<" in text
     assert [int(number) for number in re.findall(r"<td>number (\d+)</td>", text)] == list(range(800, 1000))
-    drawn = [one["text"] for one in data_of(text)["runs"][0]["timeline"]["happenings"] if one["event"] == "anomaly"]
+    drawn = [one["text"] for one in data_of(text)["runs"][0]["timeline"]["events"] if one["event"] == "anomaly"]
     assert (len(drawn), drawn[0], drawn[-1]) == (300, "number 0", "number 999")
 
 

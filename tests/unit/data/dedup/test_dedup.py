@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmscale.data.dedup import apply, clusters, compared, looks, pairs, words
+from mmscale.data.dedup import apply, clusters, compared, pairs, picture_hashes, words
 from mmscale.data.dedup.clusters import DuplicateForest
 from mmscale.data.dedup.compared import DocumentContent
 from mmscale.data.dedup.contamination import HeldOutContent
@@ -119,7 +119,7 @@ def test_hashes_within_the_distance_share_a_table(bits: int, flipped: list[int],
     other = bits
     for bit in flipped[:distance]:
         other ^= 1 << bit
-    one, two = looks.table_keys(np.array([bits, other], np.uint64), distance=distance)
+    one, two = picture_hashes.table_keys(np.array([bits, other], np.uint64), distance=distance)
     assert (one == two).any()
 
 
@@ -266,9 +266,9 @@ def test_training_documents_that_hold_held_out_ones_are_left_out(tmp_path: Path)
 def test_every_held_out_picture_with_a_common_key_is_compared() -> None:
     """200 icons of one structure in other colours: their hashes are equal, and one of them is the one."""
 
-    def of(pictures: Sequence[np.ndarray[Any, Any]]) -> looks.PictureLooks:
-        bits, grey, colour = zip(*(looks.look(one) for one in pictures), strict=True)
-        return looks.PictureLooks(np.array(bits, np.uint64), np.array(grey), np.array(colour))
+    def of(pictures: Sequence[np.ndarray[Any, Any]]) -> picture_hashes.PictureHashes:
+        bits, grey, colour = zip(*(picture_hashes.hash_picture(one) for one in pictures), strict=True)
+        return picture_hashes.PictureHashes(np.array(bits, np.uint64), np.array(grey), np.array(colour))
 
     icons = []
     for number in range(200):
@@ -277,14 +277,14 @@ def test_every_held_out_picture_with_a_common_key_is_compared() -> None:
         icon[12:20, 12:20] = 255 - icon[0, 0] // 2
         icons.append(icon)
     held, none = of(icons), np.zeros(0, np.uint64)
-    table = looks.table_keys(held.bits, distance=2)
+    table = picture_hashes.table_keys(held.bits, distance=2)
     order = np.argsort(table.ravel(), kind="stable")
     keys = table.ravel()[order], order // table.shape[1]
     content = HeldOutContent(none, none, np.array([1], np.uint64), held, keys, 2)
     assert np.unique(table[:, 0], return_counts=True)[1].max() > 16
     noise = np.random.default_rng(0).integers(-3, 4, (200, 32, 32, 3))
     copies = [np.clip(icon.astype(int) + own, 0, 255).astype(np.uint8) for icon, own in zip(icons, noise, strict=True)]
-    known = looks.near(of(copies), held, distance=2)
+    known = picture_hashes.near(of(copies), held, distance=2)
     assert known.sum() > 150
     found = [content.find(DocumentContent(0, none, [7], []), of([one])).item for one in copies]
     assert np.array(found)[known].all()

@@ -15,9 +15,9 @@ import pytest
 from mmscale.data.dedup import apply, clusters, compared, shared, work
 from mmscale.data.dedup.compared_files import Compared, RecordBlock
 from mmscale.data.dedup.pairs import DuplicateRule
-from mmscale.data.in_processes import run_stages
 from mmscale.data.prepared.prepare import prepare
 from mmscale.data.prepared.selection import FOLDER, read_selection
+from mmscale.data.process_pool import run_stages
 from mmscale.data.progress import Reporter
 from mmscale.errors import DataError
 from tests.unit.data.samples import config, image, save_picture, text, write_jsonl

@@ -22,7 +22,7 @@ from mmscale.data.prepared.folder import PLAN
 from mmscale.data.prepared.manifest import read_manifest
 from mmscale.data.prepared.parts import PartWriter
 from mmscale.data.prepared.prepare import plan_shares, prepare
-from mmscale.data.prepared.shares import Share, how_far
+from mmscale.data.prepared.shares import Share, preparation_status
 from mmscale.data.vocab import Vocabulary
 from mmscale.errors import ConfigError, DataError
 from tests.unit.data.samples import config, corpus, files_of, text, write_jsonl
@@ -43,11 +43,11 @@ def test_shares_make_what_one_process_makes(tmp_path: Path) -> None:
             share()
         with pytest.raises(DataError):
             read_manifest(out)
-    told = how_far(out)
+    told = preparation_status(out)
     assert told is not None and (told["state"], told["done"], told["parts"]) == ("submitting", 5, 7)
     prepare(settings, out, progress=False)
     assert made(out) == made(tmp_path / "one")
-    assert (how_far(out) or {})["state"] == "prepared" and how_far(tmp_path / "one") is None
+    assert (preparation_status(out) or {})["state"] == "prepared" and preparation_status(tmp_path / "one") is None
     assert plan_shares(settings, out, number=4, progress=False) == []
     read_manifest(out)
 

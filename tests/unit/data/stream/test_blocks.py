@@ -20,7 +20,7 @@ from mmscale.data.stream import block_counts, blocks, table
 from mmscale.data.stream.block_counts import BlockCounts
 from mmscale.data.stream.blocks import BlockStream, Division
 from mmscale.data.stream.packing import deal, pack_epoch
-from mmscale.data.stream.sequences import START, Begin, PackSettings
+from mmscale.data.stream.sequences import START, PackSettings, StreamStart
 from mmscale.data.stream.source import Source
 from mmscale.errors import DataError
 from mmscale.tables.settings import DATA_ORDERS, DataOrder
@@ -235,7 +235,7 @@ def test_what_was_read_is_not_read_again_after_changes(folder: Path, lives: list
     assert begin.unread == sum(left.values())
 
 
-def _rest(begin: Begin) -> list[int]:
+def _rest(begin: StreamStart) -> list[int]:
     if begin.rest is None:
         return []
     division, rest = Division(DOCUMENTS, sizes(24, 3)), begin.rest

@@ -27,7 +27,7 @@ from mmscale.data.stream.blocks import Division
 from mmscale.data.stream.loader import BatchLoader
 from mmscale.data.stream.mixture import Mixture, open_mixture
 from mmscale.data.stream.segments import resume_stream
-from mmscale.data.stream.sequences import Begin
+from mmscale.data.stream.sequences import StreamStart
 from mmscale.data.vocab import Vocabulary
 from mmscale.errors import DataError
 from mmscale.tables.settings import DATA_ORDERS
@@ -169,7 +169,7 @@ class Reader:
         }
 
 
-def rest_of(begin: Begin, documents: int) -> list[int]:
+def rest_of(begin: StreamStart, documents: int) -> list[int]:
     """Documents of the blocks of a begun epoch of which nothing was read."""
     rest = begin.rest
     if rest is None:

@@ -61,7 +61,7 @@ def test_what_is_saved_without_gathering_is_what_megatron_gathers(tmp_path: Path
             optimizers = getattr(parts.optimizer, "chained_optimizers", [parts.optimizer])
             assert {type(optimizer) for optimizer in optimizers} == {ShardwiseOptimizer}
             for folder in folders:
-                CheckpointManager(folder, every=0, keep=9, attempt=1, info={}, on_event=_unheard).save(state)
+                CheckpointManager(folder, every=0, keep=9, attempt=1, info={}, on_event=_ignore_event).save(state)
                 for optimizer in optimizers:
                     optimizer.__class__ = DistributedOptimizer
             shards, gathered = (tensors(folder, 2) for folder in folders)
@@ -103,7 +103,7 @@ def test_no_collective_sends_the_state(tmp_path: Path) -> None:
     run_ranks(ranks_do, world_size=2)
 
 
-def _unheard(*event: object, **fields: object) -> None:
+def _ignore_event(*event: object, **fields: object) -> None:
     """Nobody listens to the manager's events here."""
 
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmscale.checkpoint.save_settings import Best
+from mmscale.checkpoint.save_settings import BestCheckpoint
 from mmscale.config import Config
 from mmscale.config.derived import held_out_figures
 from mmscale.config.load import resolve
@@ -36,7 +36,7 @@ class Run:
 
     step: int = 0
     watched: dict[str, HeldOutTrend] = field(default_factory=dict)
-    best: Best | None = None
+    best: BestCheckpoint | None = None
     events: list[dict[str, Any]] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
 
@@ -66,7 +66,7 @@ def test_a_roll_back_goes_back_to_the_best_of_then() -> None:
     run.evaluate(watch, 1.0)
     run.step, run.watched = saved[0], trends_from_plain(saved[1])
     watch.rolled_back()
-    assert run.best == Best(LOSS, 10, 3.0)
+    assert run.best == BestCheckpoint(LOSS, 10, 3.0)
 
 
 def test_a_roll_back_brings_no_other_quantities_back() -> None:
@@ -118,7 +118,7 @@ def test_the_best_checkpoint_is_that_of_the_chosen_figure() -> None:
     run.evaluate(watch, 1.0)
     assert run.best is None
     run.evaluate(watch, 3.0, math.nan, 2.0, 2.0, 4.0, metric=OTHER)
-    assert run.best == Best(OTHER, 40, 2.0)
+    assert run.best == BestCheckpoint(OTHER, 40, 2.0)
     run.watch(config()).update_best()
     assert run.best is None  # not asked for any more
 

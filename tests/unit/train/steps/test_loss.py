@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmscale.data.stream.asked import WantedTokens
+from mmscale.data.stream.answer_requests import WantedTokens
 from mmscale.runtime import groups
 from mmscale.runtime.rank_env import RankEnv
 from mmscale.train.steps.loss import Objective, cross_entropy, picked

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mmscale.config import Config
-from mmscale.data.stream.asked import WantedTokens
+from mmscale.data.stream.answer_requests import WantedTokens
 from mmscale.data.vocab import Vocabulary
 from mmscale.runtime import groups as process_groups
 from mmscale.runtime.rank_env import RankEnv

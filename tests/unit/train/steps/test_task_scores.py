@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from mmscale.data.prepared.tasks import TaskItem
-from mmscale.data.stream.asked import Answers, Asked
+from mmscale.data.stream.answer_requests import AnswerRequest, Answers
 from mmscale.train.steps.task_scores import Score, score
 
 VOCABULARY = 12
 
 
-def counts_up(asked: Sequence[Asked]) -> Answers:
+def counts_up(asked: Sequence[AnswerRequest]) -> Answers:
     """A model that is sure that every token is followed by the next number."""
     log_p, likeliest = np.zeros(len(asked)), np.zeros(len(asked), np.int64)
     for number, one in enumerate(asked):

@@ -13,7 +13,7 @@ from mmscale.errors import DataError
 _Done = TypeVar("_Done")
 
 
-def in_processes(work: Callable[[Any], _Done], jobs: Sequence[Any], workers: int) -> Iterator[_Done]:
+def map_in_processes(work: Callable[[Any], _Done], jobs: Sequence[Any], workers: int) -> Iterator[_Done]:
     """Results in the order of the jobs; computed in this process if there is only one worker or job.
 
     Raises:
@@ -51,7 +51,7 @@ def run_stages(stages: Sequence[Sequence[Callable[[], _Done]]], *, tasks: int) -
     """
     found: list[_Done] = []
     for stage in stages:
-        found = list(in_processes(_call, stage, tasks))
+        found = list(map_in_processes(_call, stage, tasks))
     return found
 
 

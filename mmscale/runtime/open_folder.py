@@ -14,7 +14,7 @@ from types import TracebackType
 _DESCRIPTORS = Path("/proc/self/fd")
 
 
-class HeldFolder:
+class OpenFolder:
     """An open descriptor of a folder, while it is entered.
 
     Args:
@@ -29,7 +29,7 @@ class HeldFolder:
         self._file = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
         self.stable = _DESCRIPTORS / str(self._file) if _DESCRIPTORS.is_dir() else self.path
 
-    def __enter__(self) -> HeldFolder:
+    def __enter__(self) -> OpenFolder:
         return self
 
     def __exit__(

@@ -22,7 +22,7 @@ _WAYS_OUT = (
 )
 
 
-class Beginning:
+class StartWatch:
     """Watches for the event `start` or `resume` of an attempt.
 
     Args:

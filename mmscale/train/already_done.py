@@ -11,7 +11,7 @@ from mmscale.train.preflight import newest_whole
 from mmscale.train.stages.table import Stage
 
 
-def nothing_left(stage: Stage, config: Config) -> str:
+def already_done(stage: Stage, config: Config) -> str:
     """Why a start of a stage would do nothing, in one line; "": it would train, or complete what follows a last step.
 
     A start completes an interrupted evaluation, a save that only the memory tier holds, and copies in a mirror.

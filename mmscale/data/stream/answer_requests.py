@@ -20,7 +20,7 @@ from mmscale.data.vocab import Vocabulary
 
 
 @dataclass(frozen=True)
-class Asked:
+class AnswerRequest:
     """A document for whose last tokens log-probabilities are requested.
 
     Attributes:
@@ -99,7 +99,7 @@ class PackedQuestions:
     """
 
     def __init__(
-        self, asked: Sequence[Asked], *, vocabulary: Vocabulary, seq_length: int, rows: int, multiple: int = 1
+        self, asked: Sequence[AnswerRequest], *, vocabulary: Vocabulary, seq_length: int, rows: int, multiple: int = 1
     ) -> None:
         self.vocabulary, self.seq_length, self._multiple = vocabulary, seq_length, multiple
         self._askers: dict[tuple[int, ...], list[int]] = {}

@@ -1,4 +1,4 @@
-"""Words for the names in a run's files, for output that people read."""
+"""Display names for the names in a run's files, for output that people read."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TIME_PARTS = {
 _SECONDS = "_s"
 
 
-def words(name: str) -> str:
+def in_words(name: str) -> str:
     """The words of a name: `save_committed` is "save committed"."""
     return name.replace("_", " ")
 
@@ -25,5 +25,5 @@ def words(name: str) -> str:
 def field_in_words(name: str, value: Any) -> str:
     """A field of an event: `blocked_s`, 0.3289 is "blocked 0.3289 s"."""
     if name.endswith(_SECONDS) and isinstance(value, int | float):
-        return f"{words(name.removesuffix(_SECONDS))} {value} s"
-    return f"{words(name)} {value}"
+        return f"{in_words(name.removesuffix(_SECONDS))} {value} s"
+    return f"{in_words(name)} {value}"

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mmscale.checkpoint.forked import Forked, Send
-from mmscale.checkpoint.save_settings import Best
+from mmscale.checkpoint.save_settings import BestCheckpoint
 from mmscale.checkpoint.write import WritePlan, Written
 from mmscale.errors import MmscaleError
 
 
 @dataclass
-class Here:
+class InlineTask:
     """Work that was done in this process, with the interface of a finished Forked."""
 
     result: Any = None
@@ -36,7 +36,7 @@ class Here:
 
 
 @dataclass
-class Flight:
+class PendingSave:
     """The save in progress."""
 
     step: int
@@ -44,8 +44,8 @@ class Flight:
     folder: Path
     plan: WritePlan
     began: float
-    best: Best | None = None
-    task: Forked | Here | None = None
+    best: BestCheckpoint | None = None
+    task: Forked | InlineTask | None = None
     phase: Literal["write", "commit"] = "write"
     shortened_s: float = math.inf  # abandon the save after this time, if that is before the deadline
     boundaries: int = 0  # steps trained during the save
@@ -54,7 +54,7 @@ class Flight:
     problem: str | None = None
 
 
-def start(work: Callable[[Send], Any], *, name: str, asynchronous: bool) -> Forked | Here:
+def start(work: Callable[[Send], Any], *, name: str, asynchronous: bool) -> Forked | InlineTask:
     """Begin a part of a save in a forked process, or do it in this one.
 
     Args:
@@ -64,11 +64,11 @@ def start(work: Callable[[Send], Any], *, name: str, asynchronous: bool) -> Fork
     """
     if asynchronous:
         return Forked(work, name=name)
-    here = Here()
+    task = InlineTask()
     try:
-        here.result = work(here.messages.append)
+        task.result = work(task.messages.append)
     except OSError as error:
-        here.problem = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
+        task.problem = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
     except MmscaleError as error:
-        here.problem = error.cause
-    return here
+        task.problem = error.cause
+    return task

@@ -37,7 +37,7 @@ _OWN = ("MMSCALE_ATTEMPT_ID", "MMSCALE_LAUNCHER")
 
 
 @dataclass(frozen=True)
-class Passed:
+class JobEnvironment:
     """The variables that a job gets from a shell.
 
     Attributes:
@@ -49,7 +49,7 @@ class Passed:
     withheld: tuple[str, ...]
 
 
-def passed(profile: Profile) -> Passed:
+def environment_of_job(profile: Profile) -> JobEnvironment:
     """Select the variables of a shell, without the profile's own `environment`."""
     patterns = (*_KEPT, *profile.keep)
     wanted = {
@@ -58,12 +58,12 @@ def passed(profile: Profile) -> Passed:
         if name not in _OWN and any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
     }
     withheld = sorted(name for name, value in wanted.items() if SECRET.search(name) or _PASSWORD_IN_URL.search(value))
-    return Passed({name: value for name, value in wanted.items() if name not in withheld}, tuple(withheld))
+    return JobEnvironment({name: value for name, value in wanted.items() if name not in withheld}, tuple(withheld))
 
 
 def comments(profile: Profile) -> list[str]:
     """Lines of the batch script that list the passed names, without values."""
-    found = passed(profile)
+    found = environment_of_job(profile)
     # An exported function is `BASH_FUNC_module%%`, which is not a valid variable name in a script.
     lines = [f"# From the submitting shell: {' '.join(sorted(map(_plain, found.variables)))}"]
     withheld = [_plain(name) for name in found.withheld if name not in profile.secrets]
@@ -82,7 +82,9 @@ def _plain(name: str) -> str:
 def only(profile: Profile) -> Iterator[None]:
     """Run with only the variables that a job gets, while sbatch copies them."""
     before = dict(os.environ)
-    kept = passed(profile).variables | {name: variable.value for name, variable in profile.environment.items()}
+    kept = environment_of_job(profile).variables | {
+        name: variable.value for name, variable in profile.environment.items()
+    }
     os.environ.clear()
     os.environ.update(kept)
     try:

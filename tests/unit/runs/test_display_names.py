@@ -12,8 +12,8 @@ from mmscale.cli import main
 from mmscale.report.figure_titles import title_of
 from mmscale.report.history import read
 from mmscale.report.timeline import timeline_of
+from mmscale.runs.display_names import TIME_PARTS, field_in_words
 from mmscale.runs.events import read_events
-from mmscale.runs.plain_words import TIME_PARTS, field_in_words
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_every_part_of_the_time_has_words(run: Path) -> None:
 
 
 def test_fields_of_events_are_words_with_their_units(run: Path) -> None:
-    found = timeline_of(read_events(run), read(run), begin=0.0, goodput=goodput).happenings
+    found = timeline_of(read_events(run), read(run), begin=0.0, goodput=goodput).events
     texts = {one.event: one.text for one in found}
     assert texts["save_committed"] == "blocked 0.33 s, hash 0.1 s, bytes 7"
     assert texts["checkpoint_bad"] == "kept as step_4.bad, seconds 1.5"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmscale.resilience import image
+from mmscale.resilience import state_image
 from mmscale.resilience.snapshot_files import UnusableError
 
 PLAIN = {"progress": {"step": 7, "rate": 0.1 + 0.2}, "none": None, "name": "ö"}
@@ -27,7 +27,7 @@ def tensors() -> dict[str, Tensor]:
 
 
 def packed(state: dict[str, Tensor]) -> Tensor:
-    plan = image.make_plan(state, PLAIN)
+    plan = state_image.make_plan(state, PLAIN)
     buffer = torch.full((plan.length,), 255, dtype=torch.uint8)
     plan.write(buffer, plan.views(buffer), state, PLAIN)
     return buffer
@@ -35,7 +35,7 @@ def packed(state: dict[str, Tensor]) -> Tensor:
 
 def test_what_goes_in_comes_out() -> None:
     state = tensors()
-    found, plain = image.read(packed(state))
+    found, plain = state_image.read(packed(state))
     assert plain == PLAIN and list(found) == list(state)
     for name, tensor in state.items():
         assert found[name].dtype == tensor.dtype and found[name].shape == tensor.shape
@@ -44,7 +44,7 @@ def test_what_goes_in_comes_out() -> None:
 
 def test_a_plan_fits_as_long_as_names_and_shapes_stay() -> None:
     state = tensors()
-    plan = image.make_plan(state, PLAIN)
+    plan = state_image.make_plan(state, PLAIN)
     assert plan.fits(state, {**PLAIN, "more": "x" * 1000})
     assert not plan.fits(state, {**PLAIN, "more": "x" * 100_000})
     assert not plan.fits({**state, "new": torch.zeros(1)}, PLAIN)
@@ -81,4 +81,4 @@ def edited(**values: object) -> Tensor:
 )
 def test_what_is_no_image_is_refused(buffer: Tensor, said: str) -> None:
     with pytest.raises(UnusableError, match=said):
-        image.read(buffer)
+        state_image.read(buffer)

@@ -29,7 +29,7 @@ _MOST, _MEAN = 40, 8.0
 
 
 @dataclass(frozen=True, eq=False)
-class PictureLooks:
+class PictureHashes:
     """The compared properties of n pictures.
 
     Attributes:
@@ -42,12 +42,12 @@ class PictureLooks:
     grey: NDArray[np.uint8]
     colour: NDArray[np.uint8]
 
-    def take(self, numbers: NDArray[np.int64]) -> PictureLooks:
+    def take(self, numbers: NDArray[np.int64]) -> PictureHashes:
         """The properties of some of the pictures."""
-        return PictureLooks(self.bits[numbers], self.grey[numbers], self.colour[numbers])
+        return PictureHashes(self.bits[numbers], self.grey[numbers], self.colour[numbers])
 
 
-def look(pixels: NDArray[np.uint8]) -> tuple[int, NDArray[np.uint8], NDArray[np.uint8]]:
+def hash_picture(pixels: NDArray[np.uint8]) -> tuple[int, NDArray[np.uint8], NDArray[np.uint8]]:
     """Hash and thumbnails of one picture, uint8 [height, width, 1 or 3]."""
     picture = PIL.Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
     grey = picture.convert("L")
@@ -61,7 +61,7 @@ def _thumbnail(picture: PIL.Image.Image, edge: int) -> NDArray[np.uint8]:
     return np.asarray(picture.resize((edge, edge), PIL.Image.Resampling.BOX), np.uint8).ravel()
 
 
-def near(one: PictureLooks, other: PictureLooks, *, distance: int) -> NDArray[np.bool_]:
+def near(one: PictureHashes, other: PictureHashes, *, distance: int) -> NDArray[np.bool_]:
     """Whether pictures look alike, pair by pair [n]."""
     bits = np.bitwise_count(one.bits ^ other.bits) <= distance
     grey = np.abs(one.grey.astype(np.int16) - other.grey)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mmscale.data.stream import asked
-from mmscale.data.stream.asked import Asked, PackedQuestions
+from mmscale.data.stream import answer_requests
+from mmscale.data.stream.answer_requests import AnswerRequest, PackedQuestions
 from mmscale.data.stream.context_rows import ContextRows, zigzag
 from tests.unit.data.corpora import THREE
 
@@ -16,7 +16,7 @@ def test_counts_of_sequences(multiple: int, monkeypatch: pytest.MonkeyPatch) -> 
     rng = np.random.default_rng(0)
     ids = [tuple(rng.integers(5, THREE.size, length).tolist()) for length in (3, 9, 14, 2, 30, 7)]
     questions = PackedQuestions(
-        [Asked(one, len(one) - 1) for one in ids], vocabulary=THREE, seq_length=32, rows=2, multiple=multiple
+        [AnswerRequest(one, len(one) - 1) for one in ids], vocabulary=THREE, seq_length=32, rows=2, multiple=multiple
     )
     modalities = range(len(THREE.names))
     wanted = [
@@ -24,7 +24,7 @@ def test_counts_of_sequences(multiple: int, monkeypatch: pytest.MonkeyPatch) -> 
         for index in range(len(questions))
     ]
     assert len(questions) > 1 and sum(map(sum, wanted[0])) > 0
-    monkeypatch.setattr(asked, "pack_rows", None)
+    monkeypatch.setattr(answer_requests, "pack_rows", None)
     assert [questions.sequence_counts(index).tolist() for index in range(len(questions))] == wanted
 
 
@@ -34,7 +34,7 @@ def test_each_requested_token_is_read_at_its_place_by_one_rank(size: int) -> Non
     ids = [tuple(rng.integers(5, THREE.size, length).tolist()) for length in (3, 9, 14, 30, 7, 12)]
     starts = [1, 4, 13, 20, 2, 11]
     questions = PackedQuestions(
-        [Asked(one, start) for one, start in zip(ids, starts, strict=True)],
+        [AnswerRequest(one, start) for one, start in zip(ids, starts, strict=True)],
         vocabulary=THREE,
         seq_length=32,
         rows=2,

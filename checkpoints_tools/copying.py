@@ -5,7 +5,6 @@ Values never change here; average.py computes new ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +17,8 @@ from mmscale.checkpoint.tensors import TensorSource, origin_of
 from mmscale.errors import CheckpointError
 from mmscale.runtime.environment import code_version
 
-OnStage = Callable[[str], None]
 
-
-def _nothing(stage: str) -> None:
-    """The usual `on_stage`."""
-
-
-def archive(
-    run: Path, step: int | None, out: Path, *, weights: bool = False, on_stage: OnStage = _nothing
-) -> dict[str, Any]:
+def archive(run: Path, step: int | None, out: Path, *, weights: bool = False) -> dict[str, Any]:
     """Write a checkpoint as a zarr archive.
 
     Args:
@@ -35,24 +26,22 @@ def archive(
         step: the checkpoint; None: the newest.
         out: the archive, a folder that does not exist yet.
         weights: omit the optimizer's state.
-        on_stage: called with the name of every sub-step; tests end the process there.
 
     Raises:
         CheckpointError: the checkpoint is missing or damaged, `out` exists or cannot be written.
     """
     publish.refuse_existing(out)
     source = open_source(run, step)
-    archives.write(source, out, weights=weights, code_version=code_version(), on_stage=on_stage)
+    archives.write(source, out, weights=weights, code_version=code_version())
     return summary(out)
 
 
-def restore(path: Path, run: Path, *, on_stage: OnStage = _nothing) -> dict[str, Any]:
+def restore(path: Path, run: Path) -> dict[str, Any]:
     """Make an archive the checkpoint of a run, from which any layout can train.
 
     Args:
         path: the archive.
         run: the run's folder, new or without checkpoints.
-        on_stage: told the name of every sub-step; tests end the process there.
 
     Raises:
         CheckpointError: the archive is missing or damaged, the run has checkpoints or cannot be written.
@@ -63,7 +52,7 @@ def restore(path: Path, run: Path, *, on_stage: OnStage = _nothing) -> dict[str,
         raise CheckpointError(f"{path} {what}", remedy="`mmscale ckpt archive RUN[@STEP] OUT` makes one")
     source = ArchiveTensors(path)
     origin = origin_of("restore", [source])
-    return summary(rewrite.into_run(source, run, origin=origin, code_version=code_version(), on_stage=on_stage))
+    return summary(rewrite.into_run(source, run, origin=origin, code_version=code_version()))
 
 
 def reshard(
@@ -73,7 +62,6 @@ def reshard(
     *,
     weights: bool = False,
     files: int | None = None,
-    on_stage: OnStage = _nothing,
 ) -> dict[str, Any]:
     """Write a checkpoint again, into other files: the pieces of many ranks become few files with whole tensors.
 
@@ -86,7 +74,6 @@ def reshard(
         out: the folder of the new run.
         weights: omit the optimizer's state.
         files: number of files with tensors; None: one for every GiB.
-        on_stage: called with the name of every sub-step; tests end the process there.
 
     Raises:
         CheckpointError: the checkpoint is missing or damaged, `out` has checkpoints or cannot be written.
@@ -100,6 +87,5 @@ def reshard(
         weights=weights,
         files=files,
         code_version=code_version(),
-        on_stage=on_stage,
     )
     return summary(made)

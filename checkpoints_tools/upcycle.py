@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,6 @@ def upcycle(
     keep_moments: bool = False,
     steps: int | None = None,
     seed: int | None = None,
-    on_stage: Callable[[str], None] = lambda stage: None,
 ) -> dict[str, Any]:
     """Write the upcycled model as the checkpoint of a new run.
 
@@ -87,7 +86,6 @@ def upcycle(
         keep_moments: copy the FFN's optimizer moments to the experts too; otherwise theirs begin at 0, like routers'.
         steps: `train.steps` of the new run; None: the old run's remaining steps, or as many again if there are none.
         seed: of the new routers; None: `run.seed`.
-        on_stage: called with the name of every sub-step; tests end the process there.
 
     Returns:
         A summary of the new checkpoint, and `experts`, `preserves`, `sequences`, `steps` and `next`.
@@ -110,7 +108,7 @@ def upcycle(
     asked = {"experts": dict(experts), "untie": list(untie), "keep_moments": keep_moments}
     asked |= {"split": split} if split is not None else {}
     origin = origin_of("upcycle", [source], **asked)
-    path = rewrite.into_run(made, out, origin=origin, code_version=code_version(), on_stage=on_stage)
+    path = rewrite.into_run(made, out, origin=origin, code_version=code_version())
     return summary(path) | {
         "experts": dict(new.model.experts.counts),
         "untie": list(new.model.untie),

@@ -13,7 +13,7 @@ import fnmatch
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,14 +94,14 @@ def only(profile: Profile) -> Iterator[None]:
         os.environ.update(before)
 
 
-def check_secrets(profile: Profile, environ: Mapping[str, str] = os.environ) -> None:
+def check_secrets(profile: Profile) -> None:
     """Check, before anything is written, that all secrets exist.
 
     Raises:
         UsageError: one is missing; the message has its name and not its value.
     """
     for name in profile.secrets:
-        _value(profile, name, environ)
+        _value(profile, name)
 
 
 @contextlib.contextmanager
@@ -115,13 +115,12 @@ def shared(profile: Profile) -> Iterator[None]:
         os.umask(before)
 
 
-def write_secrets(profile: Profile, folder: Path, environ: Mapping[str, str] = os.environ) -> None:
+def write_secrets(profile: Profile, folder: Path) -> None:
     """Write secrets from variables of this shell to files for the job; it reads secrets in files itself.
 
     Args:
         profile: of the cluster.
         folder: of the launch, which only its owner can open.
-        environ: of the submitting shell.
     """
     place = folder / SECRETS
     for name, secret in profile.secrets.items():
@@ -130,7 +129,7 @@ def write_secrets(profile: Profile, folder: Path, environ: Mapping[str, str] = o
         place.mkdir(mode=0o700, exist_ok=True)
         file = os.open(place / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(file, "w") as opened:
-            opened.write(_value(profile, name, environ))
+            opened.write(_value(profile, name))
 
 
 def read_secrets(profile: Profile, folder: Path) -> dict[str, str]:
@@ -157,10 +156,10 @@ def remove_secrets(folder: Path) -> None:
     shutil.rmtree(folder / SECRETS, ignore_errors=True)
 
 
-def _value(profile: Profile, name: str, environ: Mapping[str, str]) -> str:
+def _value(profile: Profile, name: str) -> str:
     secret = profile.secrets[name]
     if secret.env is not None:
-        value = environ.get(secret.env, "").strip()
+        value = os.environ.get(secret.env, "").strip()
         missing = f"the variable {secret.env} of this shell is not set"
     else:
         file = Path(str(secret.file)).expanduser()

@@ -63,16 +63,12 @@ def examine(
     wanted: NodeRequirements,
     *,
     skip: Sequence[str] = (),
-    smi: Callable[[str], list[list[str]]] | None = None,
-    kernel: Callable[[], str] | None = None,
 ) -> dict:
     """Run the checks on this node.
 
     Args:
         wanted: the requirements.
         skip: names of checks that are turned off.
-        smi: queries nvidia-smi for fields of each device; replaced in tests.
-        kernel: returns the kernel's log; replaced in tests.
 
     Returns:
         node, time, problems (check -> what is wrong), measured.
@@ -86,11 +82,10 @@ def examine(
         "python": _python,
     }
     if wanted.gpus:
-        ask = smi or _nvidia_smi
-        checks["gpus"] = lambda wanted, measured: _gpus(wanted, measured, ask)
-        checks["gpu_idle"] = lambda wanted, measured: _gpu_idle(ask)
-        checks["gpu_memory_errors"] = lambda wanted, measured: _gpu_memory_errors(ask)
-        checks["gpu_xid"] = lambda wanted, measured: _gpu_xid(measured, (kernel or _kernel_log)())
+        checks["gpus"] = _gpus
+        checks["gpu_idle"] = lambda wanted, measured: _gpu_idle()
+        checks["gpu_memory_errors"] = lambda wanted, measured: _gpu_memory_errors()
+        checks["gpu_xid"] = lambda wanted, measured: _gpu_xid(measured, _kernel_log())
     for name, check in checks.items():
         if name in skip:
             continue
@@ -155,20 +150,20 @@ def _nvidia_smi(fields: str) -> list[list[str]]:
     return [[value.strip() for value in line.split(",")] for line in ended.stdout.splitlines() if line.strip()]
 
 
-def _gpus(wanted: NodeRequirements, measured: dict[str, Any], smi: Callable[[str], list[list[str]]]) -> str:
-    found = [name for (name,) in smi("name")]
+def _gpus(wanted: NodeRequirements, measured: dict[str, Any]) -> str:
+    found = [name for (name,) in _nvidia_smi("name")]
     measured["gpus"] = found
     return f"{len(found)} of {wanted.gpus} GPUs are there" if len(found) < wanted.gpus else ""
 
 
-def _gpu_idle(smi: Callable[[str], list[list[str]]]) -> str:
-    busy = [f"GPU {index}: {used} MiB" for index, used in smi("index,memory.used") if float(used) > _BUSY_MIB]
+def _gpu_idle() -> str:
+    busy = [f"GPU {index}: {used} MiB" for index, used in _nvidia_smi("index,memory.used") if float(used) > _BUSY_MIB]
     return f"memory in use before the start: {'; '.join(busy)}" if busy else ""
 
 
-def _gpu_memory_errors(smi: Callable[[str], list[list[str]]]) -> str:
+def _gpu_memory_errors() -> str:
     """Uncorrectable memory errors. Devices without ECC report N/A."""
-    rows = smi("index,ecc.errors.uncorrected.volatile.total")
+    rows = _nvidia_smi("index,ecc.errors.uncorrected.volatile.total")
     bad = [f"GPU {index}: {count}" for index, count in rows if count.isdigit() and int(count)]
     return f"uncorrectable memory errors since the last reset: {'; '.join(bad)}" if bad else ""
 

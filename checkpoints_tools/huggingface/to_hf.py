@@ -93,7 +93,7 @@ def export(
         routing: mode by which experts are assigned to tokens: causal, top1 or threshold.
         shard_bytes: largest file of weights [bytes].
         licence: of the weights, for the card: an identifier of the Hugging Face Hub, e.g. apache-2.0; "": none named.
-        on_stage: called with the name of every sub-step after it; tests end the process there.
+        on_stage: called after every sub-step with its name, for the display of progress.
 
     Returns:
         The content of conversion_report.json, and `path`.
@@ -122,7 +122,7 @@ def export(
         report = _judged(folder, content, run, source, config, own, written, out, routing=routing, on_stage=on_stage)
         on_stage("gate")
         readme = card(config, report, run=run, step=source.step, licence=licence)
-        _finish(folder, out, content, report, readme, source=source, config=config, on_stage=on_stage)
+        _finish(folder, out, content, report, readme, source=source, config=config)
     return {"path": str(out), **report}
 
 
@@ -311,7 +311,6 @@ def _finish(
     *,
     source: RunWeights,
     config: Config,
-    on_stage: OnStage,
 ) -> None:
     _json(folder / REPORT, report)
     (folder / "README.md").write_text(readme, encoding="utf-8")
@@ -326,7 +325,7 @@ def _finish(
         files=integrity.digests(folder, integrity.sizes(folder)),
         origin=report["origin"],
     )
-    publish.commit(folder, out, manifest, on_stage=on_stage)
+    publish.commit(folder, out, manifest)
 
 
 def _json(file: Path, content: dict[str, Any]) -> None:

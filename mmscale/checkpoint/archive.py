@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
@@ -40,7 +39,7 @@ from mmscale.checkpoint.tensors import (
 )
 from mmscale.checkpoint.zarr_arrays import Grid
 from mmscale.errors import CheckpointError
-from mmscale.runtime import device
+from mmscale.runtime import device, fail_points
 
 FORMAT = 2  # 1: bfloat16 and FP8 by private names that zarr-python cannot open; still readable
 _READ = (1, 2)
@@ -57,7 +56,6 @@ def write(
     weights: bool = False,
     grid: Grid = Grid(),  # noqa: B008  frozen
     code_version: str = "",
-    on_stage: Callable[[str], None] = lambda stage: None,
 ) -> CheckpointManifest:
     """Write an archive of a checkpoint.
 
@@ -67,7 +65,6 @@ def write(
         weights: exclude the optimizer state.
         grid: sizes of chunks and shards.
         code_version: for the manifest.
-        on_stage: called with the name of every sub-step after it; tests end the process there.
 
     Raises:
         CheckpointError: the source is damaged, `out` exists or nothing can be written there.
@@ -75,8 +72,8 @@ def write(
     origin = origin_of("archive", [source])
     device.give_back_host_memory()
     with publish.folder(out) as temporary:
-        on_stage("begin")
-        _write_tensors(source, temporary / ARRAYS, weights=weights, grid=grid, on_stage=on_stage)
+        fail_points.reached("begin")
+        _write_tensors(source, temporary / ARRAYS, weights=weights, grid=grid)
         common = without_optimizers(source.common()) if weights else source.common()
         info = source.info() | {
             "archive": FORMAT,
@@ -87,7 +84,7 @@ def write(
         objects = {name: base64.b64encode(content).decode() for name, content in source.objects().items()}
         for name, content in ((STATE, plain.encode(common)), (OBJECTS, objects), (INFO, info)):
             (temporary / name).write_text(json.dumps(content, indent=1), encoding="utf-8")
-        on_stage("write")
+        fail_points.reached("write")
         manifest = CheckpointManifest(
             step=source.step,
             attempt=source.manifest().attempt,
@@ -97,14 +94,12 @@ def write(
             files=integrity.digests(temporary, integrity.sizes(temporary)),
             origin=origin,
         )
-        on_stage("hash")
-        publish.commit(temporary, out, manifest, on_stage=on_stage)
+        fail_points.reached("hash")
+        publish.commit(temporary, out, manifest)
     return manifest
 
 
-def _write_tensors(
-    source: TensorSource, root: Path, *, weights: bool, grid: Grid, on_stage: Callable[[str], None]
-) -> None:
+def _write_tensors(source: TensorSource, root: Path, *, weights: bool, grid: Grid) -> None:
     root.mkdir()
     group = {"zarr_format": 3, "node_type": "group", "attributes": {}}
     (root / zarr_arrays.META).write_text(json.dumps(group), encoding="utf-8")
@@ -115,7 +110,7 @@ def _write_tensors(
                 f"{name} has type {dtype}, which zarr does not know", remedy="archive a checkpoint of another precision"
             )
         zarr_arrays.write(root / folder_of(name), source.read(name), grid=grid)
-        on_stage("tensor")
+        fail_points.reached("tensor")
 
 
 def folder_of(name: str) -> str:
@@ -140,7 +135,7 @@ class ArchiveTensors:
         path: the archive.
 
     Raises:
-        CheckpointError: names or sizes show damage, the version is unknown, or anyone could write it.
+        CheckpointError: names or sizes show damage, the version is unknown, or it is world-writable.
     """
 
     def __init__(self, path: Path) -> None:
@@ -197,7 +192,7 @@ class ArchiveTensors:
             region: a slice of every dimension; None: all of it.
 
         Raises:
-            CheckpointError: there is no such tensor, its type is not what its name says, or what holds it is damaged.
+            CheckpointError: there is no such tensor, its type is not what its name says, or a shard is damaged.
         """
         require_types({name: self.entry(name).type_name}, where=self.path, alone=True)
         folder = f"{ARRAYS}/{folder_of(name)}"

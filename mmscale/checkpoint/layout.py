@@ -19,6 +19,7 @@ from mmscale import bounded
 from mmscale.checkpoint import integrity, publish
 from mmscale.checkpoint.save_settings import BestCheckpoint
 from mmscale.errors import CheckpointError
+from mmscale.runtime import fail_points
 from mmscale.runtime.atomic_files import TEMPORARY, fsync, write_atomic
 
 FOLDER = "checkpoints"
@@ -33,10 +34,6 @@ _VERIFIED = 2  # number of verified checkpoints that retention always keeps
 _STEP = re.compile(r"^step_(\d{8,})$")
 _BAD = re.compile(r"^step_\d{8,}\.bad(\.\d+)?$")
 _LEFT = re.compile(r"^(step_\d{8,})\.(tmp|old|deleted)")
-
-
-def _nothing(stage: str) -> None:
-    """The usual `on_stage`."""
 
 
 def is_archive(path: Path) -> bool:
@@ -55,11 +52,17 @@ class Store:
 
     Attributes:
         root: `<run>/checkpoints`.
-        on_stage: called with the name of every sub-step of a commit after it; tests end the process there.
+        check: called after every sub-step of a commit; an exception there ends the commit.
     """
 
     root: Path
-    on_stage: Callable[[str], None] = _nothing
+    check: Callable[[], None] | None = None
+
+    def passed(self, place: str) -> None:
+        """A sub-step of a commit is done: a fail point, then `check`."""
+        fail_points.reached(place)
+        if self.check is not None:
+            self.check()
 
     @classmethod
     def of_run(cls, run: Path) -> Store:
@@ -124,9 +127,9 @@ class Store:
         folder, final = self.temporary(step, attempt, number), self.path(step)
         # An earlier attempt may have reached this step too.
         old = final.with_name(f"{final.name}.old.{attempt}")
-        publish.commit(folder, final, manifest, replaced=old, on_stage=self.on_stage)
+        publish.commit(folder, final, manifest, replaced=old, passed=self.passed)
         self.point_to_newest()
-        self.on_stage("latest")
+        self.passed("latest")
         return final
 
     def point_to_newest(self) -> None:

@@ -73,7 +73,7 @@ class CheckpointManager:
             "optimizer_fresh", "random_state_fresh".
         saves: how saves are made; by default the trainer writes them itself.
         on_point: as for Saver.
-        on_stage: as for Store; an exception that it raises makes the save fail.
+        check: as for Store; an exception that it raises makes the save fail.
         keep_every: checkpoints of every n-th step are kept permanently; 0: none.
         early: steps 1, 2, 4, ... up to this one are saved too, and kept permanently; 0: none.
         allow_missing: whether a checkpoint may lack its manifest, its counters or random states.
@@ -96,7 +96,7 @@ class CheckpointManager:
         on_event: Callable[..., None],
         saves: SaveSettings | None = None,
         on_point: Callable[[str, int], None] = _nothing,
-        on_stage: Callable[[str], None] | None = None,
+        check: Callable[[], None] | None = None,
         keep_every: int = 0,
         early: int = 0,
         allow_missing: bool = False,

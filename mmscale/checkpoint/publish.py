@@ -18,13 +18,10 @@ from pathlib import Path
 from mmscale.checkpoint import integrity
 from mmscale.checkpoint.integrity import CheckpointManifest
 from mmscale.errors import CheckpointError
+from mmscale.runtime import fail_points
 from mmscale.runtime.atomic_files import fsync
 
 _LEFT = ".tmp."  # between the final name and a random part
-
-
-def _nothing(stage: str) -> None:
-    """The usual `on_stage`."""
 
 
 @contextlib.contextmanager
@@ -63,7 +60,7 @@ def commit(
     manifest: CheckpointManifest,
     *,
     replaced: Path | None = None,
-    on_stage: Callable[[str], None] = _nothing,
+    passed: Callable[[str], None] = fail_points.reached,
 ) -> None:
     """Give a written folder its final name. If the process is killed before the rename, no new folder has that name.
 
@@ -72,38 +69,38 @@ def commit(
         final: its name.
         manifest: the files of the folder, as written.
         replaced: name for a folder that has the final name already, which is removed in the end; None: refuse it.
-        on_stage: called with the name of every sub-step after it. An exception there ends the commit.
+        passed: called with the name of every sub-step after it. An exception there ends the commit.
 
     Raises:
         CheckpointError: the name is taken.
     """
-    _seal(temporary, manifest, on_stage=on_stage)
+    _seal(temporary, manifest, passed=passed)
     if replaced is None:
         refuse_existing(final)
     elif final.exists():
         final.replace(replaced)
-        on_stage("move")
+        passed("move")
     temporary.replace(final)
     fsync(final.parent)
-    on_stage("rename")
+    passed("rename")
     if replaced is not None and replaced.exists():
         shutil.rmtree(replaced)
 
 
-def _seal(folder: Path, manifest: CheckpointManifest, *, on_stage: Callable[[str], None]) -> None:
+def _seal(folder: Path, manifest: CheckpointManifest, *, passed: Callable[[str], None]) -> None:
     """Write the manifest of a written folder, remove write permission for others, and sync everything to disk.
 
     Args:
         folder: still under its temporary name.
         manifest: its files.
-        on_stage: called after "manifest" and "fsync".
+        passed: called after "manifest" and "fsync".
     """
     (folder / integrity.MANIFEST).write_text(manifest.text(), encoding="utf-8")
-    on_stage("manifest")
+    passed("manifest")
     for path in (*folder.rglob("*"), folder):
         path.chmod(stat.S_IMODE(path.stat().st_mode) & ~stat.S_IWOTH)
         fsync(path)
-    on_stage("fsync")
+    passed("fsync")
 
 
 def refuse_existing(final: Path) -> None:

@@ -11,7 +11,7 @@ import functools
 import io
 import itertools
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from mmscale.checkpoint.run_folder import refuse_checkpoints, write_config
 from mmscale.checkpoint.shard_files import common_files, tensors_file, write_files, write_items
 from mmscale.checkpoint.tensors import TensorEntry, TensorSource, contents_of, without_optimizers
 from mmscale.checkpoint.zarr_arrays import boxes, cut
-from mmscale.runtime import device, megatron_cpu
+from mmscale.runtime import device, fail_points, megatron_cpu
 
 megatron_cpu.install()
 
@@ -63,7 +63,6 @@ def into_run(
     weights: bool = False,
     files: int | None = None,
     code_version: str = "",
-    on_stage: Callable[[str], None] = lambda stage: None,
 ) -> Path:
     """Commit a checkpoint with a source's tensors, counters and configuration in a run folder.
 
@@ -74,7 +73,6 @@ def into_run(
         weights: omit the optimizer's state.
         files: number of files with tensors; None: one for every GiB.
         code_version: goes into the manifest.
-        on_stage: called with the name of every sub-step after it; tests end the process there.
 
     Returns:
         The committed checkpoint.
@@ -82,7 +80,7 @@ def into_run(
     Raises:
         CheckpointError: the source is damaged, the run has checkpoints, or nothing can be written there.
     """
-    store, attempt = Store(run / FOLDER, on_stage), source.manifest().attempt
+    store, attempt = Store(run / FOLDER), source.manifest().attempt
     refuse_checkpoints(run)
     info = source.info() | {"step": source.step, "contents": contents_of(source, weights=weights), "origin": origin}
     info.pop("archive", None)
@@ -91,9 +89,9 @@ def into_run(
         write_config(run, info.get("config"))
         folder = store.begin(source.step, attempt)
         try:
-            records = _write(source, folder, weights=weights, files=files, on_stage=on_stage)
+            records = _write(source, folder, weights=weights, files=files)
             records |= write_files(folder, {INFO: lambda stream: stream.write(info_text(info).encode())})[0]
-            on_stage("write")
+            fail_points.reached("write")
             manifest = CheckpointManifest(
                 step=source.step,
                 attempt=attempt,
@@ -115,7 +113,6 @@ def _write(
     *,
     weights: bool,
     files: int | None,
-    on_stage: Callable[[str], None],
 ) -> dict[str, FileRecord]:
     pieces = [Piece(entry, box) for entry in map(source.entry, source.names(weights=weights)) for box in _boxes(entry)]
     groups = deal(pieces, files)
@@ -135,7 +132,7 @@ def _write(
         )
         content = functools.partial(_tensors, items, name, results)
         records |= write_files(folder, {name: content})[0]
-        on_stage("file")
+        fail_points.reached("file")
     common = without_optimizers(source.common()) if weights else source.common()
     return records | write_files(folder, {**tensor_index.files(metadata, results), **common_files(common)})[0]
 

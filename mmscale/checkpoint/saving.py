@@ -306,13 +306,13 @@ class Saver:
         spared = () if pending.best is None else (pending.best.step,)
 
         def work(send: Send) -> None:
-            self.store.on_stage("write")
+            self.store.passed("write")
             self.on_point("commit", pending.step)
             index = write.write_index(
                 pending.plan, parts, pending.folder, on_write=lambda *_: self.on_point("write", pending.step)
             )
             manifest.files.update(index)
-            self.store.on_stage("index")
+            self.store.passed("index")
             self.store.commit(manifest, number=pending.number)
             send(_COMMITTED)
             self.store.prune(self.retention.keep, permanent=self.retention.keeps, verified=verified, spared=spared)

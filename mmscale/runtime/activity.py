@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Protocol, Self
 
 FIRST_LINE = 1.0  # seconds until the first line; after about 2 s of silence users assume that a command hangs
@@ -48,14 +48,13 @@ class ActivityReporter:
     Args:
         what: the first activity.
         enabled: False: nothing is printed.
-        say: prints a line.
 
     Attributes:
         began: time of its creation [seconds since 1970].
     """
 
-    def __init__(self, what: str, *, enabled: bool = True, say: Callable[[str], None] = to_stderr) -> None:
-        self._what, self._say = what, say
+    def __init__(self, what: str, *, enabled: bool = True) -> None:
+        self._what = what
         self._place = ""
         self._since = time.monotonic()
         self.began = time.time()  # [seconds since 1970]
@@ -91,12 +90,12 @@ class ActivityReporter:
             if what == said and now - said_at < LINE_EVERY:
                 continue
             since = f" {place and f'{place}, '}{now - self._since:.0f} s" if what == said else ""
-            self._say(f"{what} ...{since}")
+            to_stderr(f"{what} ...{since}")
             said, said_at = what, now
 
 
 @contextlib.contextmanager
-def report_activity(what: str, *, enabled: bool = True, say: Callable[[str], None] = to_stderr) -> Iterator[Detail]:
+def report_activity(what: str, *, enabled: bool = True) -> Iterator[Detail]:
     """Print the present activity while the block runs; yields a function that sets the activity."""
-    with ActivityReporter(what, enabled=enabled, say=say) as shown:
+    with ActivityReporter(what, enabled=enabled) as shown:
         yield shown.update

@@ -15,7 +15,7 @@ import os
 import re
 import secrets
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -80,14 +80,11 @@ class Rendezvous:
     store_fd: int | None = None
 
 
-def discover(
-    environ: Mapping[str, str] | None = None, *, mpi_rendezvous: Callable[[], Rendezvous] | None = None
-) -> RankEnv:
+def discover(environ: Mapping[str, str] | None = None) -> RankEnv:
     """Read the rank environment of this process.
 
     Args:
         environ: Variables to read; those of the process if None.
-        mpi_rendezvous: How MPI ranks learn rank 0's host and port; by mpi4py if None.
 
     Raises:
         ConfigError: Variables are missing, are not numbers, or two launchers disagree.
@@ -106,7 +103,7 @@ def discover(
             _check_mpi_agrees(environ, env)
         return env
     if choice == "mpi" or (not choice and _mpi_names(environ) is not None):
-        return _from_mpi(environ, mpi_rendezvous or rendezvous_by_mpi4py)
+        return _from_mpi(environ)
     if not choice:
         _check_not_in_batch_script(environ)
     return RankEnv()
@@ -276,14 +273,14 @@ def _check_mpi_agrees(environ: Mapping[str, str], env: RankEnv) -> None:
         )
 
 
-def _from_mpi(environ: Mapping[str, str], mpi_rendezvous: Callable[[], Rendezvous]) -> RankEnv:
+def _from_mpi(environ: Mapping[str, str]) -> RankEnv:
     names = _mpi_names(environ)
     if names is None:
         raise ConfigError("mpi: neither OMPI_COMM_WORLD_RANK nor PMI_RANK is set", remedy="start with mpirun")
     rank, size = (_number(environ, name, "mpi") for name in names)
     if size == 1:
         return RankEnv(source="mpi")
-    met = mpi_rendezvous()
+    met = rendezvous_by_mpi4py()
     if (met.rank, met.world_size) != (rank, size):
         raise ConfigError(
             f"mpirun started rank {rank} of {size}, but mpi4py sees rank {met.rank} of {met.world_size}",

@@ -112,7 +112,7 @@ def manager_of(
             writers=settings.checkpoint.writers,
         ),
         on_point=faults.at,
-        on_stage=lambda stage: fence.check(),
+        check=fence.check,
         keep_every=settings.checkpoint.keep_every,
         early=settings.checkpoint.early,
         allow_missing=settings.checkpoint.allow_missing,

@@ -24,8 +24,8 @@ from mmscale.checkpoint.layout import INFO, LATEST, Store
 from mmscale.checkpoint.manager import CheckpointManager
 from mmscale.errors import CheckpointError, SaveError
 from mmscale.resilience.inject import VARIABLE, Faults
+from mmscale.runtime import fail_points, random_state
 from mmscale.runtime import groups as process_groups
-from mmscale.runtime import random_state
 from mmscale.runtime.rank_env import RankEnv
 from tests.distributed.test_resume import start
 from tests.support import distributed, run_ranks
@@ -259,10 +259,8 @@ def test_killed_between_any_two_sub_steps_of_a_commit(tmp_path: Path, again: boo
         def dies(ranks: RankEnv, run: Path = run, stage: str = stage) -> None:
             begin(ranks)
             checkpoints, _ = manager(run, attempt=2)
-            checkpoints.saver.store = replace(
-                checkpoints.store, on_stage=lambda now: os._exit(9) if now == stage and ranks.rank == 0 else None
-            )
-            checkpoints.save(Weights(2))
+            with fail_points.handled(lambda now: os._exit(9) if now == stage and ranks.rank == 0 else None):
+                checkpoints.save(Weights(2))
 
         with pytest.raises(pytest.fail.Exception):
             run_ranks(dies, world_size=2)

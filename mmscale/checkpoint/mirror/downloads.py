@@ -100,7 +100,6 @@ def fetch(
     store: Store,
     *,
     signers: Path | None = None,
-    on_file: Callable[[str], None] = lambda name: None,
 ) -> Fetched:
     """Make a mirrored checkpoint a checkpoint of a run. It gets its name when it is complete.
 
@@ -109,7 +108,6 @@ def fetch(
         step: of the checkpoint; None: the newest complete one.
         store: of the run that gets it.
         signers: file of allowed signers, one of whom must have signed it; None: no signature is required.
-        on_file: called with every file after it was written; tests end the process there.
 
     Raises:
         CheckpointError: there is none, it is damaged or not signed, or nothing can be written.
@@ -132,7 +130,6 @@ def fetch(
                     functools.partial(_fetch, remote, chosen.name, folder, name, record),
                     what=f"{remote.url}/{chosen.name}/{name}",
                 )
-                on_file(name)
             _fetch_signature(remote, chosen, folder, manifest, signers)
             store.commit(manifest)
         except BaseException:

@@ -21,6 +21,7 @@ from mmscale.checkpoint.mirror.generation import MirroredStep, outdated
 from mmscale.checkpoint.mirror.remote import CHUNK, Remote
 from mmscale.checkpoint.save_settings import Retention
 from mmscale.errors import CheckpointError
+from mmscale.runtime import fail_points
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,6 @@ class Uploader:
         retention: which checkpoints the mirror keeps.
         streams: files that are sent at the same time.
         refused: damaged checkpoints, by their name and with the reason; they are not tried again.
-        on_stage: called with the name of every sub-step after it; tests end the process there.
     """
 
     store: Store
@@ -58,7 +58,6 @@ class Uploader:
     retention: Retention
     streams: int = 4
     refused: dict[str, str] = field(default_factory=dict)
-    on_stage: Callable[[str], None] = lambda stage: None
 
     def bring_up_to_date(self, on_upload: Callable[[Uploaded], None]) -> None:
         """Upload every checkpoint that the mirror should have, the newest first, then delete old generations.
@@ -123,7 +122,7 @@ class Uploader:
             there = self.remote.sizes(name)
             if wrong := [file for file, record in manifest.files.items() if there.get(file) != record.size]:
                 raise OSError(f"{self.remote.url}/{name}/{wrong[0]} has {there.get(wrong[0])} bytes in the store")
-            self.on_stage("files")
+            fail_points.reached("files")
         except (FileNotFoundError, DamagedError) as error:
             if self._manifest(step) != manifest:
                 return None  # the run keeps its newest checkpoints only, or has written this step again
@@ -132,7 +131,7 @@ class Uploader:
             self.refused[name] = str(error)
             return None
         self.remote.write_text(f"{name}/{MANIFEST}", manifest.text())
-        self.on_stage("manifest")
+        fail_points.reached("manifest")
         sent = sum(record.size for record in missing.values())
         return Uploaded(step, name, sent, time.monotonic() - began)
 
@@ -160,7 +159,7 @@ class Uploader:
                 target.write(chunk)
             if FileRecord(size, state.hexdigest()) != record:
                 raise DamagedError(f"{folder / file} has another content than what was written")
-        self.on_stage("file")
+        fail_points.reached("file")
 
     def _send_signature(self, folder: Path, name: str) -> None:
         file = folder / SIGNATURE
@@ -176,4 +175,4 @@ class Uploader:
         names |= {one.name for one in there if one not in complete and one not in local}
         for name in sorted(names):
             self.remote.remove(name)
-            self.on_stage("delete")
+            fail_points.reached("delete")

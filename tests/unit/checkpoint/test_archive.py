@@ -30,7 +30,7 @@ from mmscale.checkpoint.manager import CheckpointManager
 from mmscale.checkpoint.tensors import TensorSource, open_tensors, origin_of
 from mmscale.checkpoint.zarr_arrays import Grid
 from mmscale.errors import CheckpointError
-from mmscale.runtime import groups
+from mmscale.runtime import fail_points, groups
 from mmscale.runtime.rank_env import RankEnv
 from tests.support import run_ranks
 
@@ -331,7 +331,8 @@ def test_killed_while_archiving(run: Path, tmp_path: Path, stage: str) -> None:
     """Nothing has the name until it is whole; the next one cleans up."""
     out = tmp_path / "out"
     at = functools.partial(killed_at, stage)
-    forked(lambda: archive.write(open_tensors(run), out, grid=SMALL, on_stage=at), ended_by=signal.SIGKILL)
+    with fail_points.handled(at):
+        forked(lambda: archive.write(open_tensors(run), out, grid=SMALL), ended_by=signal.SIGKILL)
     if stage == "rename":
         assert integrity.verify(out) == []
         return
@@ -344,7 +345,8 @@ def test_killed_while_archiving(run: Path, tmp_path: Path, stage: str) -> None:
 def test_killed_while_restoring(made: Path, tmp_path: Path, stage: str) -> None:
     store = Store.of_run(tmp_path / "run")
     at = functools.partial(killed_at, stage)
-    forked(lambda: copying.restore(made, tmp_path / "run", on_stage=at), ended_by=signal.SIGKILL)
+    with fail_points.handled(at):
+        forked(lambda: copying.restore(made, tmp_path / "run"), ended_by=signal.SIGKILL)
     if stage not in ("rename", "latest"):
         assert store.steps() == []
         forked(lambda: copying.restore(made, tmp_path / "run"))

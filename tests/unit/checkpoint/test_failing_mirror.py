@@ -14,7 +14,7 @@ from mmscale.checkpoint.layout import Store
 from mmscale.checkpoint.mirror import downloads, worker
 from mmscale.checkpoint.mirror.remote import Remote
 from mmscale.errors import CheckpointError
-from mmscale.runtime import atomic_files
+from mmscale.runtime import atomic_files, fail_points
 from tests.unit.checkpoint.failing_store import FailingStore
 from tests.unit.checkpoint.test_mirror import KilledError, bring, commit, fetched, kills, steps
 
@@ -80,8 +80,8 @@ def test_a_failed_deletion_is_said_and_done_later(store: Store, remote: Remote, 
 
 def test_parts_are_deleted_when_the_store_says_that_they_are_parts(store: Store, remote: Remote) -> None:
     commit(store, 100)
-    with pytest.raises(KilledError):
-        bring(store, remote, on_stage=kills(1), streams=1)
+    with pytest.raises(KilledError), fail_points.handled(kills(1)):
+        bring(store, remote, streams=1)
     lose(store, 100)
     commit(store, 200)
     bring(store, remote)

@@ -34,7 +34,7 @@ from mmscale.checkpoint.save_settings import Retention
 from mmscale.cli import main
 from mmscale.errors import CheckpointError, ConfigError
 from mmscale.runs.attempts import next_attempt
-from mmscale.runtime import atomic_files
+from mmscale.runtime import atomic_files, fail_points
 from tests.module_time import replace_time
 
 FILES = {"__0_0.distcp": 70_000, "__1_0.distcp": 300_000, "random/0": 17, ".metadata": 0}
@@ -154,12 +154,12 @@ def kills(count: int) -> Callable[[str], None]:
     """Ends the process at the n-th sub-step."""
     left = [count]
 
-    def on_stage(stage: str) -> None:
+    def at(place: str) -> None:
         left[0] -= 1
         if left[0] < 0:
             raise KilledError
 
-    return on_stage
+    return at
 
 
 def test_killed_anywhere(store: Store, remote: Remote, tmp_path: Path) -> None:
@@ -173,7 +173,8 @@ def test_killed_anywhere(store: Store, remote: Remote, tmp_path: Path) -> None:
         one = Remote(f"file://{tmp_path}/mirror_{count}")
         shutil.copytree(remote.root, one.root)
         try:
-            bring(store, one, on_stage=kills(count), streams=1)
+            with fail_points.handled(kills(count)):
+                bring(store, one, streams=1)
         except KilledError:
             seen.append(fetched(one, tmp_path / f"at_{count}")[0])
         ended = bring(store, one) == []
@@ -187,8 +188,8 @@ def test_killed_anywhere(store: Store, remote: Remote, tmp_path: Path) -> None:
 
 def test_what_was_sent_before_a_kill_is_not_sent_again(store: Store, remote: Remote) -> None:
     commit(store, 100)
-    with pytest.raises(KilledError):
-        bring(store, remote, on_stage=kills(len(FILES) + 1), streams=1)  # after all files, before the manifest
+    with pytest.raises(KilledError), fail_points.handled(kills(len(FILES) + 1)):
+        bring(store, remote, streams=1)  # after all files, before the manifest
     (name,) = remote.folders()
     remote.store.rm(f"{remote.root}/{name}/__0_0.distcp")  # as if it had not been sent yet
     done: list[Uploaded] = []
@@ -198,8 +199,8 @@ def test_what_was_sent_before_a_kill_is_not_sent_again(store: Store, remote: Rem
 
 def test_parts_of_a_checkpoint_that_the_run_has_deleted_go(store: Store, remote: Remote) -> None:
     commit(store, 100)
-    with pytest.raises(KilledError):
-        bring(store, remote, on_stage=kills(1), streams=1)
+    with pytest.raises(KilledError), fail_points.handled(kills(1)):
+        bring(store, remote, streams=1)
     assert len(remote.folders()) == 1 and steps(remote) == []
     for step in (200, 300, 400):
         commit(store, step)
@@ -216,7 +217,8 @@ def test_a_checkpoint_that_is_deleted_while_it_is_sent(store: Store, remote: Rem
         if store.path(200).exists():
             store.path(200).rename(store.path(200).with_suffix(".deleted"))
 
-    assert bring(store, remote, on_stage=delete, streams=1) == [100]
+    with fail_points.handled(delete):
+        assert bring(store, remote, streams=1) == [100]
     assert steps(remote) == [100]
 
 

@@ -33,9 +33,17 @@ def smi(**changes: list[list[str]]) -> Callable[[str], list[list[str]]]:
     return lambda fields: next(rows for key, rows in answers.items() if key in fields)
 
 
-def problems(run: Path, *, skip: tuple[str, ...] = (), **changes: list[list[str]]) -> dict[str, str]:
+def examine_gpus(run: Path, *, skip: tuple[str, ...] = (), log: str = "", **changes: list[list[str]]) -> dict[str, Any]:
+    """Checks of a node with two GPUs, without nvidia-smi and dmesg."""
     wanted = NodeRequirements(gpus=2, disk_gb=0, shared_memory_gb=0, run=run)
-    return examine(wanted, skip=skip, smi=smi(**changes), kernel=lambda: "")["problems"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preflight, "_nvidia_smi", smi(**changes))
+        patch.setattr(preflight, "_kernel_log", lambda: log)
+        return examine(wanted, skip=skip)
+
+
+def problems(run: Path, *, skip: tuple[str, ...] = (), **changes: list[list[str]]) -> dict[str, str]:
+    return examine_gpus(run, skip=skip, **changes)["problems"]
 
 
 def test_a_healthy_node_has_none(tmp_path: Path) -> None:
@@ -62,11 +70,10 @@ def test_errors_of_the_driver_that_only_a_reset_mends(tmp_path: Path) -> None:
         "[  12.3] NVRM: Xid (PCI:0000:3b:00): 13, pid=411, Graphics Exception\n"  # a program's own fault
         "[9912.3] NVRM: Xid (PCI:0000:5e:00): 79, pid='<unknown>', GPU has fallen off the bus.\n"
     )
-    wanted = NodeRequirements(gpus=2, disk_gb=0, shared_memory_gb=0, run=tmp_path)
-    found = examine(wanted, smi=smi(), kernel=lambda: said)
+    found = examine_gpus(tmp_path, log=said)
     assert found["problems"] == {"gpu_xid": "since this node started: XID 79 of PCI 0000:5e:00"}
     assert found["measured"]["gpu_xids"] == [13, 79]
-    assert examine(wanted, smi=smi(), kernel=lambda: said, skip=("gpu_xid",))["problems"] == {}
+    assert examine_gpus(tmp_path, log=said, skip=("gpu_xid",))["problems"] == {}
 
 
 def test_space_and_the_run_folder(tmp_path: Path) -> None:

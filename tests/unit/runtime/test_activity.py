@@ -23,9 +23,10 @@ def wait_for(lines: list[str], number: int) -> None:
         time.sleep(0.01)
 
 
-def test_each_work_has_a_line_and_long_work_several() -> None:
+def test_each_work_has_a_line_and_long_work_several(monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
-    with report_activity("loading torch", say=lines.append) as update:
+    monkeypatch.setattr(module, "to_stderr", lines.append)
+    with report_activity("loading torch") as update:
         wait_for(lines, 2)
         update("reading step 100")
         wait_for(lines, 3)
@@ -37,10 +38,11 @@ def test_each_work_has_a_line_and_long_work_several() -> None:
     assert len(lines) == number  # nothing after the end
 
 
-def test_a_place_in_the_work_is_shown_by_the_later_lines_alone() -> None:
+def test_a_place_in_the_work_is_shown_by_the_later_lines_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """A place changes several times a second, and a line for each would fill the screen."""
     lines: list[str] = []
-    with report_activity("evaluating", say=lines.append) as update:
+    monkeypatch.setattr(module, "to_stderr", lines.append)
+    with report_activity("evaluating") as update:
         for number in range(2000):
             update("evaluating", f"batch {number} of 2,000")
             if len(lines) > 2:

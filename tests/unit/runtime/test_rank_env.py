@@ -33,12 +33,16 @@ SLURM = {
 OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4"}
 
 
-def _met() -> Rendezvous:
-    return Rendezvous(rank=1, world_size=4, local_rank=1, local_world_size=2, master_addr="host0", master_port=1234)
+@pytest.fixture
+def mpi(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 1 of 4 ranks that mpirun started, without MPI."""
+    met = Rendezvous(rank=1, world_size=4, local_rank=1, local_world_size=2, master_addr="host0", master_port=1234)
+    monkeypatch.setattr(rank_env, "rendezvous_by_mpi4py", lambda: met)
 
 
-def _not_called() -> Rendezvous:
-    raise AssertionError("no MPI rendezvous expected")
+@pytest.fixture
+def no_mpi(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rank_env, "rendezvous_by_mpi4py", lambda: pytest.fail("no MPI rendezvous expected"))
 
 
 def test_single_process() -> None:
@@ -96,26 +100,31 @@ def test_allocation_shell_is_a_single_process() -> None:
     assert discover({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8"}) == RankEnv()
 
 
+@pytest.mark.usefixtures("mpi")
 def test_mpi() -> None:
-    env = discover(OPEN_MPI, mpi_rendezvous=_met)
+    env = discover(OPEN_MPI)
     assert env == RankEnv(1, 4, 1, 2, "host0", 1234, "mpi")
 
 
+@pytest.mark.usefixtures("mpi")
 def test_mpich() -> None:
-    assert discover({"PMI_RANK": "1", "PMI_SIZE": "4"}, mpi_rendezvous=_met).rank == 1
+    assert discover({"PMI_RANK": "1", "PMI_SIZE": "4"}).rank == 1
 
 
+@pytest.mark.usefixtures("no_mpi")
 def test_mpi_with_one_rank_needs_no_rendezvous() -> None:
     environ = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"}
-    assert discover(environ, mpi_rendezvous=_not_called) == RankEnv(source="mpi")
+    assert discover(environ) == RankEnv(source="mpi")
 
 
+@pytest.mark.usefixtures("no_mpi")
 def test_srun_with_pmi_is_slurm() -> None:
-    assert discover({**SLURM, "PMI_RANK": "5", "PMI_SIZE": "7"}, mpi_rendezvous=_not_called).source == "slurm"
+    assert discover({**SLURM, "PMI_RANK": "5", "PMI_SIZE": "7"}).source == "slurm"
 
 
+@pytest.mark.usefixtures("mpi")
 def test_choice_overrules() -> None:
-    assert discover({**SLURM, **OPEN_MPI, "MMSCALE_LAUNCHER": "mpi"}, mpi_rendezvous=_met).source == "mpi"
+    assert discover({**SLURM, **OPEN_MPI, "MMSCALE_LAUNCHER": "mpi"}).source == "mpi"
     assert discover({**SLURM, **OPEN_MPI, "MMSCALE_LAUNCHER": "slurm"}).source == "slurm"
     assert discover({**TORCHRUN, "MMSCALE_LAUNCHER": "single"}) == RankEnv()
 
@@ -143,9 +152,10 @@ def test_choice_overrules() -> None:
         ),
     ],
 )
+@pytest.mark.usefixtures("mpi")
 def test_inconsistent_environment_is_explained(environ: dict[str, str], words: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        discover(environ, mpi_rendezvous=_met)
+        discover(environ)
     assert words in str(caught.value)
 
 

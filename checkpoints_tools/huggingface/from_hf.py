@@ -82,7 +82,7 @@ def import_(folder: Path, run: Path, *, image_codes: int = 0, seq_length: int | 
     tokenizer: TextTokenizer | None = None
     rows = None
     if is_ours(folder, content):
-        config, listed = _own(folder, content, files)
+        config, listed = _own(folder, content)
         kind, steps = "mmscale", f"{shell_command('eval', run)}, or {_train(run)}"
     else:
         config, listed = foreign.translate(content, files, image_codes=image_codes, seq_length=seq_length)
@@ -162,7 +162,7 @@ class HfTensors(NewRun):
         return {f"{name}._extra_state/shard_0_1": empty.getvalue() for name in linears}
 
 
-def _own(folder: Path, content: dict[str, Any], files: WeightsByName) -> tuple[Config, list[Move]]:
+def _own(folder: Path, content: dict[str, Any]) -> tuple[Config, list[Move]]:
     """Configuration and conversions of a folder that to_hf.py wrote.
 
     Raises:

@@ -242,7 +242,7 @@ def _of_run(run: Path, step: int | None, routing: str) -> Generator:
     weights: dict[str, Tensor] = {}
     for move in listed:
         weights |= zip(move.targets, move.split(source.read(move.source)), strict=True)
-    model = _loaded(content, None, weights, where=source.path)
+    model = _loaded(content, weights, where=source.path)
     return Generator(config, source.step, routing if config.model.routes else "none", model, _processor(config, own))
 
 
@@ -299,7 +299,7 @@ def _of_folder(folder: Path, routing: str | None) -> Generator:
     if routing is not None and config.model.routes:
         content["routing"] = routing
     refuse_two_output_layers(files, tied=bool(content.get("tie_word_embeddings")))
-    model = _loaded(content, folder, {name: files.read(name) for name in sorted(files.names())}, where=folder)
+    model = _loaded(content, {name: files.read(name) for name in sorted(files.names())}, where=folder)
     processor = _saved_processor(folder)
     return Generator(config, None, content["routing"] if config.model.routes else "none", model, processor)
 
@@ -320,7 +320,7 @@ def _saved_processor(folder: Path) -> MomaProcessor:
         ) from error
 
 
-def _loaded(content: dict[str, Any], folder: Path | None, weights: dict[str, Tensor], *, where: Path) -> Any:
+def _loaded(content: dict[str, Any], weights: dict[str, Tensor], *, where: Path) -> Any:
     """The model with exactly these weights, on this machine's device; hosts compute in fp32, where bf16 is exact."""
     config_class, model_class = _CLASSES[content["model_type"]]
     own = {key: value for key, value in content.items() if key not in ("architectures", "auto_map", "model_type")}

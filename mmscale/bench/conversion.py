@@ -23,7 +23,7 @@ from rich.table import Table
 
 from checkpoints_tools.huggingface.files import write_weights
 from checkpoints_tools.huggingface.model_config import model_config
-from checkpoints_tools.huggingface.weights import Move, moves
+from checkpoints_tools.huggingface.weights import moves
 from mmscale.checkpoint.manager import CheckpointManager
 from mmscale.checkpoint.shape import shape_of
 from mmscale.checkpoint.sharded import metadata
@@ -138,7 +138,7 @@ def _conversion(config: Config, scratch: Path, *, repeats: int, shard_bytes: int
             fsync(file)
 
     seconds: dict[str, list[float]] = {"convert": [], "copy": []}
-    memory = _peak_mb(convert, scratch / "out", run, listed)
+    memory = _peak_mb(convert, scratch / "out", run)
     for number in range(repeats):
         turns: list[tuple[str, Callable[[], None]]] = [("convert", convert), ("copy", copy)]
         for name, action in turns if number % 2 == 0 else reversed(turns):
@@ -168,7 +168,7 @@ def _save(config: Config, run: Path) -> None:
         groups.finalize()
 
 
-def _peak_mb(convert: Callable[[], None], out: Path, run: Path, listed: Sequence[Move]) -> float | None:
+def _peak_mb(convert: Callable[[], None], out: Path, run: Path) -> float | None:
     """Peak resident memory of a conversion above that of its process before [MB]; None on other systems than Linux."""
     if not Path("/proc/self/clear_refs").exists():
         return None

@@ -137,7 +137,7 @@ def evaluate(
         fits=fits,
         time=time,
         mfu=mfu(config, world, gpu, seconds=time.total, flops=flops.training),
-        reasons=_reasons(config, world, gpu, memory=memory, gpu_memory=gpu_memory, time=time),
+        reasons=_reasons(config, gpu, memory=memory, gpu_memory=gpu_memory, time=time),
     )
 
 
@@ -148,7 +148,7 @@ def fullest(config: Config, world: int, parameters: Parameters) -> RankMemory:
 
 
 def _reasons(
-    config: Config, world: int, gpu: Gpu, *, memory: RankMemory, gpu_memory: float | None, time: StepTime
+    config: Config, gpu: Gpu, *, memory: RankMemory, gpu_memory: float | None, time: StepTime
 ) -> tuple[str, ...]:
     parallel, used = config.parallel, memory.total / GIB
     reasons = []

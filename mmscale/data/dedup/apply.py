@@ -54,7 +54,7 @@ def dedup(
         DataError: a data set is missing or damaged, a cluster is too large, or no document would be left. Nothing is
             changed then.
     """
-    request = asked(folder, rule=rule, against=against, held_out=held_out, max_cluster=max_cluster)
+    request = checked_request(folder, against=against, held_out=held_out, max_cluster=max_cluster)
     with own_folder(folder / SCRATCH if scratch is None else scratch) as own:
         work = plan_work(folder, own, rule=rule, against=request.against)
         return write_found(work, request, workers=workers, reporter=reporter)
@@ -79,9 +79,7 @@ class DedupRequest:
         return [f"{path} ({split}), manifest {digest_of(path / MANIFEST)}" for path, split in self.against]
 
 
-def asked(
-    folder: Path, *, rule: DuplicateRule, against: Sequence[Path], held_out: bool, max_cluster: int | None
-) -> DedupRequest:
+def checked_request(folder: Path, *, against: Sequence[Path], held_out: bool, max_cluster: int | None) -> DedupRequest:
     """Check the arguments of `dedup`, which describes them.
 
     Raises:

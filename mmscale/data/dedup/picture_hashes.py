@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from mmscale.data.arrays import scattered
 from mmscale.data.dedup.words import Hashes
 
-MOST_BITS = 6  # largest supported distance of hashes: 28 tables
 _EDGE, _LOW = 32, 8  # edges of the transform, and of the part that is used
 _STRONG = 64.0  # threshold for an orthonormal transform of 32 x 32 pixels; noise of 12 gives 7, all black or white 8160
 GREY, COLOUR = 16, 4  # edges of the thumbnails [pixels]

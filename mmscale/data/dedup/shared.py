@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mmscale import bounded
-from mmscale.data.dedup.apply import SCRATCH, DedupRequest, asked, write_found
+from mmscale.data.dedup.apply import SCRATCH, DedupRequest, checked_request, write_found
 from mmscale.data.dedup.compared import SLICE
 from mmscale.data.dedup.pairs import DuplicateRule
 from mmscale.data.dedup.work import DedupWork, compare_ranges, plan_work, ranges_of, read_pieces, unread
@@ -163,7 +163,7 @@ def plan_tasks(
     """
     folder = folder.resolve()
     others = [other.resolve() for other in against]
-    request = asked(folder, rule=rule, against=others, held_out=held_out, max_cluster=max_cluster)
+    request = checked_request(folder, against=others, held_out=held_out, max_cluster=max_cluster)
     content = json.dumps([request.of, request.described(), asdict(rule), tasks, SLICE])
     key = hashlib.sha256(content.encode()).hexdigest()[:16]
     own = ((folder / SCRATCH) if scratch is None else scratch.resolve()) / f"{_PREFIX}{key}"

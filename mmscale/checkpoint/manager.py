@@ -104,9 +104,7 @@ class CheckpointManager:
         code_version: str = "",
         default_progress: Callable[[int], dict[str, Any]] | None = None,
     ) -> None:
-        self.store = Store.of_run(run)
-        if on_stage is not None:
-            self.store = replace(self.store, on_stage=on_stage)
+        self.store = replace(Store.of_run(run), check=check)
         self.every = every
         self.on_event = on_event
         self.allow_missing = allow_missing
@@ -160,7 +158,7 @@ class CheckpointManager:
         """The newest intact checkpoint, or None if there has never been one. Damaged ones are renamed to `.bad`.
 
         Raises:
-            CheckpointError: there are checkpoints and none is intact; or one has no manifest, or anyone could write it.
+            CheckpointError: there are checkpoints and none is intact; or one has no manifest, or it is world-writable.
         """
         self.saver.finish()  # a save in progress must not be swept away
         self._on_first(self.store.sweep)
@@ -177,7 +175,7 @@ class CheckpointManager:
         """The problems of a checkpoint, found by all ranks together and confirmed by two reads; empty if it is intact.
 
         Raises:
-            CheckpointError: it has no manifest, anyone could write it, or the storage fails, which is not damage.
+            CheckpointError: it has no manifest, it is world-writable, or the storage fails, which is not damage.
         """
         folder = self.store.path(step)
         manifest, problems = self._on_first(lambda: self._inspect(step))

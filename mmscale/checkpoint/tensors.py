@@ -110,7 +110,7 @@ def open_tensors(run: Path, step: int | None = None) -> CheckpointTensors:
         step: the checkpoint; None: the newest.
 
     Raises:
-        CheckpointError: there is no such run or checkpoint; it is damaged, has no manifest, or anyone could write it.
+        CheckpointError: there is no such run or checkpoint; it is damaged, has no manifest, or it is world-writable.
     """
     store = Store.of_run(run)
     if not store.root.is_dir():
@@ -128,7 +128,7 @@ class CheckpointTensors:
         step: a committed one.
 
     Raises:
-        CheckpointError: its index shows damage, it has no manifest, or anyone could write it.
+        CheckpointError: its index shows damage, it has no manifest, or it is world-writable.
     """
 
     def __init__(self, store: Store, step: int) -> None:

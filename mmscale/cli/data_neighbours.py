@@ -64,7 +64,8 @@ def retrieve(
     """Find the training documents that are nearest to each training and held-out document.
 
     Training places some of them before the document (data.retrieval). Duplicates of a document, by the rule of `data
-    dedup`, are not its neighbours; documents with held-out content, or left out of training, are nobody's.
+    dedup`, are not its neighbours. Documents with held-out content, or left out of training, are not neighbours of any
+    document.
     """
     from mmscale.data.prepared.neighbours import remove_neighbours
     from mmscale.data.progress import Reporter

@@ -1,7 +1,7 @@
 """Freezes the parameters that `optim.freeze` names, before gradient buffers and optimizers are made.
 
 Both skip parameters without `requires_grad`, so that a frozen parameter has no gradient, no optimizer state, no weight
-decay and no message. A checkpoint stores it with the model's weights.
+decay and no communication. A checkpoint stores it with the model's weights.
 """
 
 from __future__ import annotations

@@ -26,8 +26,8 @@ from mmscale.train.optim.optimizer import make_optimizer, wrap
 from mmscale.train.state.train_state import TrainState
 from mmscale.train.steps.auxiliary_routers import AuxiliaryTrainer
 from mmscale.train.steps.batch import part_of, to_device
-from mmscale.train.steps.companions import companions_of, routers_among
 from mmscale.train.steps.step import Stepper, Steps
+from mmscale.train.steps.step_observers import observers_of, routers_among
 
 
 @dataclass
@@ -82,9 +82,9 @@ def build(config: Config, groups: ProcessGroupCollection) -> TrainingParts:
     freeze(config, built)
     chunks = wrap(config, transformer, built, groups)
     optimizer = make_optimizer(config, chunks, groups)
-    companions = companions_of(config, transformer, chunks, groups)
-    stepper = Stepper(config, chunks, optimizer, groups, companions=companions)
-    return TrainingParts(groups, chunks, optimizer, stepper, routers_among(companions))
+    observers = observers_of(config, transformer, chunks, groups)
+    stepper = Stepper(config, chunks, optimizer, groups, observers=observers)
+    return TrainingParts(groups, chunks, optimizer, stepper, routers_among(observers))
 
 
 def dry_run(config: Config, stepper: Steps, groups: ProcessGroupCollection, data: Mixture) -> None:

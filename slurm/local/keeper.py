@@ -1,10 +1,10 @@
 """The keeper of a local cluster.
 
-The parent process of the local cluster's daemons: writes SLURM's configuration, starts them, and reaps children. Only
-cluster.py uses it: it starts it and communicates through its state file and signals.
+The parent process of the local cluster's daemons. It writes SLURM's configuration, starts the daemons and reaps
+children. cluster.py starts it and communicates with it through its state file and signals.
 
-All daemons are its children, and it is a subreaper: also what they leave behind when they are killed (job steps, ranks)
-stays its child, and nothing outlives it.
+All daemons are its children. It is also a subreaper, so that processes of a killed daemon (job steps, ranks) become its
+children, and it can end them all.
 """
 
 from __future__ import annotations

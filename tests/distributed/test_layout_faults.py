@@ -19,7 +19,7 @@ from mmscale.runtime.rank_env import RankEnv
 from mmscale.train.proof.trial import Trace
 from mmscale.train.proof.verify_layout import choices_of, compare_tensors, counted, verdict
 from mmscale.train.steps.auxiliary_routers import AuxiliaryTrainer
-from mmscale.train.steps.companions import ThresholdAverages
+from mmscale.train.steps.step_observers import ThresholdAverages
 from tests.distributed.layouts import References, assert_passes, config, judge, start, trace
 from tests.support import run_ranks
 

@@ -21,8 +21,8 @@ from mmscale.train.optim.optimizer import make_optimizer, wrap
 from mmscale.train.proof.synthetic import SyntheticMixture
 from mmscale.train.state.train_state import TrainState
 from mmscale.train.steps.batch import part_of, to_device
-from mmscale.train.steps.companions import companions_of, loss_weights_among, routers_among
 from mmscale.train.steps.step import Stepper, mean_losses, reduce_sums
+from mmscale.train.steps.step_observers import loss_weights_among, observers_of, routers_among
 
 SAVED_STEP = 1  # after the first step, Adam's first moments are gradients times a constant
 
@@ -62,9 +62,9 @@ class Trial:
             alter(chunks)
         wrapped = wrap(config, transformer, chunks, groups)
         optimizer = make_optimizer(config, wrapped, groups)
-        companions = companions_of(config, transformer, wrapped, groups)
-        self._stepper = Stepper(config, wrapped, optimizer, groups, companions=companions)
-        routers, weights = routers_among(companions), loss_weights_among(companions)
+        observers = observers_of(config, transformer, wrapped, groups)
+        self._stepper = Stepper(config, wrapped, optimizer, groups, observers=observers)
+        routers, weights = routers_among(observers), loss_weights_among(observers)
         self._state = TrainState(wrapped, optimizer, routers=routers, loss_weights=weights)
 
     def train(self, steps: int, *, choices: Choices | None = None) -> Trace:

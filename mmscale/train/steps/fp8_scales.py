@@ -25,7 +25,7 @@ def scales_of(chunks: Iterable[torch.nn.Module]) -> list[DelayedScales]:
 
 
 class DelayedScaling:
-    """Updates the scales after every step that was applied (a `Companion`)."""
+    """Updates the scales after every step that was applied (a `StepObserver`)."""
 
     def __init__(self, scales: Sequence[DelayedScales], groups: ProcessGroupCollection) -> None:
         self.groups = groups

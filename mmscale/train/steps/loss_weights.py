@@ -1,4 +1,4 @@
-"""Loss-based weights of documents in the training loss (Sow et al. 2025, arXiv 2502.06733), a `Companion`.
+"""Loss-based weights of documents in the training loss (Sow et al. 2025, arXiv 2502.06733), a `StepObserver`.
 
 The loss l of a document is the mean cross entropy of its trained labels of one modality, so a mixed document has one
 loss and one weight for each modality:
@@ -204,6 +204,6 @@ def _figures(moments: Sequence[float]) -> dict[str, float]:
 
 
 def loss_weights_of(config: Config, groups: ProcessGroupCollection) -> LossWeights | None:
-    """The companion that a configuration requests; None: labels have no such weights."""
+    """The observer that a configuration requests; None: labels have no such weights."""
     settings = config.train.loss_weights
     return None if settings is None else LossWeights(settings, config.vocab.names, groups)

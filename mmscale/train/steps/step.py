@@ -31,9 +31,9 @@ from mmscale.runtime import device
 from mmscale.train.optim.optimizer import apply, measure, set_learning_rate
 from mmscale.train.steps.batch import Batch
 from mmscale.train.steps.chunked_loss import chunked_cross_entropy, logits_of
-from mmscale.train.steps.companions import Companion, loss_weights_among
 from mmscale.train.steps.loss import Loss, Objective, cross_entropy, loss_of, picked
 from mmscale.train.steps.loss_weights import LossWeights
+from mmscale.train.steps.step_observers import StepObserver, loss_weights_among
 
 
 @dataclass(frozen=True)
@@ -101,11 +101,11 @@ class Stepper:
         optimizer: MegatronOptimizer | None,
         groups: ProcessGroupCollection,
         *,
-        companions: Sequence[Companion] = (),
+        observers: Sequence[StepObserver] = (),
     ) -> None:
         self.config = config
-        self.companions = companions
-        self.loss_weights = loss_weights_among(companions)
+        self.observers = observers
+        self.loss_weights = loss_weights_among(observers)
         self.chunks = chunks
         self.optimizer = optimizer
         self.groups = groups
@@ -146,7 +146,7 @@ class Stepper:
         return StepResult(sums=sums, grad_norm=norm, applied=False, losses=losses)
 
     def apply(self, computed: StepResult, *, lr: float) -> StepResult:
-        """Take the optimizer step, and let the companions learn from it.
+        """Take the optimizer step, and let the observers learn from it.
 
         If `apply` is not called, weights, moments, Adam's step count and learning rate are unchanged.
         """
@@ -154,8 +154,8 @@ class Stepper:
         set_learning_rate(self.optimizer, self.config, lr)
         result = replace(computed, applied=apply(self.optimizer, computed.grad_norm))
         if result.applied:
-            for companion in self.companions:
-                companion.finish(lr=lr)
+            for observer in self.observers:
+                observer.finish(lr=lr)
         return result
 
     def figures(self) -> dict[str, float]:
@@ -180,8 +180,8 @@ class Stepper:
             chunk.zero_grad_buffer()
         if self.optimizer is not None:
             self.optimizer.zero_grad()
-        for companion in self.companions:
-            companion.begin(batches)
+        for observer in self.observers:
+            observer.begin(batches)
         return self._run(batches, forward_only=False)
 
     @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """Components that learn from the main model's passes: routers of a joint run, cut-offs, biases, loss weights, scales.
 
-A companion is called before a step's batches go forward, and after the step was applied. What it learns from a step
+An observer is called before a step's batches go forward, and after the step was applied. What it learns from a step
 changes nothing that the loss or gradient of that step depend on.
 """
 
@@ -26,7 +26,7 @@ from mmscale.train.steps.fp8_scales import DelayedScaling, scales_of
 from mmscale.train.steps.loss_weights import LossWeights, loss_weights_of
 
 
-class Companion(Protocol):
+class StepObserver(Protocol):
     """Learns from the passes of the main model."""
 
     def begin(self, batches: Sequence[Batch]) -> None:
@@ -116,14 +116,14 @@ class ExpertBiases(_BufferUpdates):
         balance(buffer, sums, rate=self._rate)
 
 
-def companions_of(
+def observers_of(
     config: Config, transformer: TransformerConfig, chunks: Sequence[Any], groups: ProcessGroupCollection
-) -> list[Companion]:
-    """The companions that a configuration requests.
+) -> list[StepObserver]:
+    """The observers that a configuration requests.
 
     Call it after the main model's buffers and optimizer are created.
     """
-    found: list[Companion] = []
+    found: list[StepObserver] = []
     if config.model.auxiliary.mode == "joint":
         found.append(JointRouters(config, AuxiliaryTrainer(config, transformer, chunks, groups)))
     if config.model.keeps_thresholds:
@@ -137,11 +137,11 @@ def companions_of(
     return found
 
 
-def loss_weights_among(companions: Sequence[Companion]) -> LossWeights | None:
+def loss_weights_among(observers: Sequence[StepObserver]) -> LossWeights | None:
     """The weights of documents, whose averages are part of checkpoints; None: there are none."""
-    return next((companion for companion in companions if isinstance(companion, LossWeights)), None)
+    return next((observer for observer in observers if isinstance(observer, LossWeights)), None)
 
 
-def routers_among(companions: Sequence[Companion]) -> AuxiliaryTrainer | None:
+def routers_among(observers: Sequence[StepObserver]) -> AuxiliaryTrainer | None:
     """The trainer of a joint run's routers, whose optimizer is part of checkpoints; None: there is none."""
-    return next((companion.trainer for companion in companions if isinstance(companion, JointRouters)), None)
+    return next((observer.trainer for observer in observers if isinstance(observer, JointRouters)), None)

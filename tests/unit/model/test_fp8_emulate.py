@@ -109,12 +109,12 @@ def test_delayed_products_use_what_earlier_steps_showed(process_groups: ProcessG
     product = Fp8Product(Recipe("delayed", history=3), process_groups, count=2)
     scales = product.scales
     assert scales is not None and torch.equal(scales.state[0], torch.ones(2, 5))
-    companion = DelayedScaling([scales], process_groups)
-    companion.begin([])
+    observer = DelayedScaling([scales], process_groups)
+    observer.begin([])
     product(rows, weight).backward(grad)
     amax = torch.stack([tensor.detach().abs().amax(dim=(1, 2)) for tensor in (rows, weight, grad)], dim=1)
     assert torch.equal(scales.seen[:, [ROWS, WEIGHT, GRADIENT]], amax)
-    companion.finish(lr=0.0)
+    observer.finish(lr=0.0)
     wanted = torch.tensor([448.0, 448.0, 57344.0]) / amax
     assert torch.equal(scales.state[0][:, [ROWS, WEIGHT, GRADIENT]], wanted)
     assert torch.equal(scales.state[0][:, [2, 4]], torch.ones(2, 2)), "no product has these tensors in FP8"
@@ -127,7 +127,7 @@ def test_delayed_products_use_what_earlier_steps_showed(process_groups: ProcessG
     product.train()
     product(10 * rows, weight)
     assert not torch.equal(scales.state, before)
-    companion.begin([])  # as after a step that was not taken
+    observer.begin([])  # as after a step that was not taken
     assert torch.equal(scales.state, before)
 
 

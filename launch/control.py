@@ -41,7 +41,7 @@ def stop(run: Path, *, now: bool = False) -> dict[str, Any]:
     if held is not None and not held.job and (not jobs or run_lock.holder_lives(run, held) is not False):
         return _stop_process(run, held, now=now)
     if not jobs:
-        raise LaunchError(f"{run} does not run", remedy=f"{shell_command('status', run)} tells how it ended")
+        raise LaunchError(f"{run} does not run", remedy=f"{shell_command('status', run)} shows how it ended")
     try:
         found = chain.links(run, JobTable())
     except scheduler.UnreachableError as error:

@@ -232,7 +232,7 @@ class Supervisor:
         check of nodes that ended for that has no result.
         """
         if self.allocation.taken_away() and not self.signals:
-            _say("SLURM takes the nodes away before ranks could be told")
+            _say("SLURM revoked the nodes before the ranks could be notified")
             self.signals.append("SIGTERM")
 
     def _interrupted(self) -> bool:

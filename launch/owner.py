@@ -46,8 +46,8 @@ def refuse_busy(run: Path, *, job: str | None = None) -> frozenset[str]:
             )
         if link.elsewhere and owner is not None and owner.job == link.key.id:
             raise LaunchError(
-                f"{run} belongs to job {owner.job} by its {lease.LEASE}, and nobody here can tell whether that runs: "
-                f"{link.note}",
+                f"{run} belongs to job {owner.job} by its {lease.LEASE}, and this machine cannot find out whether that "
+                f"runs: {link.note}",
                 remedy=f"{shell_command('stop', run)} there; if nothing runs any more, remove {run / lease.LEASE}",
             )
         if owner is not None and link.key.id == owner.job and link.state is not None and link.folder != run:

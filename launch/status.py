@@ -219,12 +219,12 @@ _FIELDS = (
 
 def _mirror(events: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """The newest checkpoint in `checkpoint.mirror`, and why it lags behind; None: nothing was mirrored yet."""
-    told = [event for event in events if str(event["event"]).startswith("mirror_")]
-    if not told:
+    uploads = [event for event in events if str(event["event"]).startswith("mirror_")]
+    if not uploads:
         return None
     # The newest is uploaded first, older ones that are kept follow.
-    done = [(event.get("attempt", 0), event.get("step", 0)) for event in told if event["event"] == "mirror_uploaded"]
-    problem = "" if told[-1]["event"] == "mirror_uploaded" else str(told[-1].get("reason", ""))
+    done = [(event.get("attempt", 0), event.get("step", 0)) for event in uploads if event["event"] == "mirror_uploaded"]
+    problem = "" if uploads[-1]["event"] == "mirror_uploaded" else str(uploads[-1].get("reason", ""))
     return {"step": max(done)[1] if done else None, "problem": problem}
 
 

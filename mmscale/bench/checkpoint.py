@@ -145,7 +145,7 @@ def measure(
         measured.state.step += 1
         rounds.append({way: saves[way](way) for way in ways})
     rounds = rounds[1:]
-    events = [fields for event, fields in measured.told if event == "save_committed"][2:]
+    events = [fields for event, fields in measured.events if event == "save_committed"][2:]
     step_s = measured.step_times(max(4, repeats))
     manager = measured.managers["async"]
     newest = manager.choose()

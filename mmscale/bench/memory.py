@@ -83,7 +83,7 @@ def measure(
         TrainingError: snapshots could not be taken or restored.
     """
     host = groups.host_group()
-    told: list[dict[str, Any]] = []
+    events: list[dict[str, Any]] = []
 
     def tier(attempt: int) -> MemoryTier:
         return MemoryTier(
@@ -95,7 +95,7 @@ def measure(
             hold_s=60.0,
             attempt=attempt,
             identity={},
-            on_event=lambda event, **fields: told.append({"event": event, **fields}),
+            on_event=lambda event, **fields: events.append({"event": event, **fields}),
         )
 
     snapshots = tier(1)
@@ -111,7 +111,7 @@ def measure(
         torch.distributed.barrier(group=host)
         taken = snapshots.snapshot(step, tensors, {"step": step}) and snapshots.wait(timeout_s=600.0)
         if not _all(taken, host):
-            raise TrainingError(f"the snapshot of step {step} failed: {told}")
+            raise TrainingError(f"the snapshot of step {step} failed: {events}")
         if step > len(snapshot_files.SLOTS):  # the first snapshot of each slot also creates its files
             figures = snapshots.statistics
             for name, value in zip(seen, (figures.copy_s, copied, figures.digest_s, figures.exchange_s), strict=True):
@@ -127,11 +127,11 @@ def measure(
     restored = time.perf_counter() - began
     snapshots.close()
     if len(members) > 1 and found is None:
-        raise TrainingError(f"the snapshot was not restored: {told}")
+        raise TrainingError(f"the snapshot was not restored: {events}")
     state = snapshots.statistics.bytes
     figures_of_rank = {f"{name}_ms": 1e3 * statistics.median(values) for name, values in seen.items()}
     slowest = _slowest({**figures_of_rank, "restore_s": restored}, host)
-    rebuild = next((event["rebuild_s"] for event in told if event["event"] == "memory_restored"), 0.0)
+    rebuild = next((event["rebuild_s"] for event in events if event["event"] == "memory_restored"), 0.0)
     rebuild = _slowest({"rebuild_s": rebuild}, host)["rebuild_s"]
     return {
         "ranks": env.world_size,

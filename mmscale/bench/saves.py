@@ -69,7 +69,7 @@ class Measured:
             to_device(mixture.micro_batch(number), vocabulary)
             for number in range(self.rank, config.train.global_batch_size, self.size)
         ]
-        self.told: list[tuple[str, dict[str, Any]]] = []
+        self.events: list[tuple[str, dict[str, Any]]] = []
         self.managers = {way: self._manager(way) for way in OURS}
         self.calls = AsyncCallsQueue()
         self._results: Any = None  # the manager process of megatron-core's asynchronous saves: one, as in a run
@@ -84,7 +84,7 @@ class Measured:
             keep=2,
             attempt=1,
             info={},
-            on_event=lambda event, **fields: self.told.append((event, fields)),
+            on_event=lambda event, **fields: self.events.append((event, fields)),
             saves=SaveSettings(asynchronous=way == "async"),
         )
 
@@ -102,8 +102,8 @@ class Measured:
 
         save = timed(begin, saver.finish)
         if saver.failures:
-            raise TrainingError(f"a save failed: {self.told}", remedy="look at the disk of the folder")
-        events = [fields for event, fields in self.told if event == "save_committed"]
+            raise TrainingError(f"a save failed: {self.events}", remedy="look at the disk of the folder")
+        events = [fields for event, fields in self.events if event == "save_committed"]
         # On rank 0 this includes the work at later step boundaries: gathering records and starting the commit.
         blocked = events[-1]["blocked_s"] if events and way == "async" else save.blocked
         return Save(slowest(blocked), save.total)

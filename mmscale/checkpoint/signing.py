@@ -70,7 +70,7 @@ def signer(folder: Path, signers: Path) -> tuple[str, str]:
     found = _ssh_keygen("-Y", "find-principals", "-s", str(signature), "-f", str(signers))
     names = found.stdout.decode(errors="replace").splitlines()
     if found.returncode != 0 or not names:
-        return "", f"nobody in {signers} has signed it"
+        return "", f"no signer in {signers} has signed it"
     checked = _ssh_keygen(
         *("-Y", "verify", "-f", str(signers), "-I", names[0], "-n", NAMESPACE, "-s", str(signature)),
         content=(folder / MANIFEST).read_bytes(),

@@ -50,4 +50,4 @@ def _by_jobs(jobs: list[str], table: JobTable) -> dict[str, Any]:
     last = states.get(jobs[-1])
     how = "SLURM does not know it any more" if last is None else f"it is {last.state} ({last.exit})"
     why = f"no job runs or waits, and job {jobs[-1]}, which was to finish, has not: {how}"
-    return {"state": "failed", "ended": True, "reason": f"{why}; `mmscale data prepare` again goes on"}
+    return {"state": "failed", "ended": True, "reason": f"{why}; run `mmscale data prepare` again to continue"}

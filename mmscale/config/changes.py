@@ -142,7 +142,7 @@ def _is_new_default(key: str, old: Mapping[str, Any], now: Mapping[str, Any]) ->
 
 
 def _plain(value: Any) -> Any:
-    """A default as it stands in a checkpoint."""
+    """A default as a checkpoint stores it."""
     return value.model_dump(mode="json") if isinstance(value, BaseModel) else to_jsonable_python(value)
 
 

@@ -1,4 +1,4 @@
-"""Counts the batches of a long evaluation, for the lines that show that it is going on."""
+"""Counts the batches of a long evaluation, for the lines that show its progress."""
 
 from __future__ import annotations
 

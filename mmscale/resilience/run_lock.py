@@ -135,7 +135,7 @@ def _refuse_living(
     """
     if (job and held.job == job) or held.process == Process.this() or held.id in known_dead:
         return
-    first, began, told = held, time.monotonic(), False
+    first, began, announced = held, time.monotonic(), False
     while True:
         lives = holder_lives(run, held)
         if lives:
@@ -147,8 +147,8 @@ def _refuse_living(
             if ending:
                 raise _held(run, held, saving=True)
             return
-        if not told and time.monotonic() - began > 2 * BEAT_S:
-            told = True
+        if not announced and time.monotonic() - began > 2 * BEAT_S:
+            announced = True
             what = "for its ranks to save and end" if ending else "for a sign of life"
             sys.stderr.write(f"{run} was held by {_who(held)}: waiting up to {SILENT_S:.0f} s {what}\n")
         before = time.monotonic()

@@ -131,7 +131,7 @@ def read(buffer: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
             if min([0, *shape]) < 0 or math.prod(shape) * _DTYPES[dtype].itemsize != size:
                 raise UnusableError(f"{name}: shape and bytes do not fit together")
             if offset < 0 or offset % ALIGN or offset + size > length:
-                raise UnusableError(f"{name} stands outside of the image")
+                raise UnusableError(f"{name} lies outside of the image")
             tensors[name] = _view(buffer, offset, _DTYPES[dtype], torch.Size(shape))
         return tensors, dict(content["plain"])
     except (struct.error, RuntimeError, *bounded.BAD_CONTENT) as error:  # RuntimeError: torch, of a shape

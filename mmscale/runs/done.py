@@ -1,4 +1,4 @@
-"""Runs that are done: the line that says so, and the record of it in a run's events."""
+"""Runs that are done: the line for the terminal, and the record in a run's events."""
 
 from __future__ import annotations
 
@@ -21,6 +21,6 @@ def describe_done(*, step: int, steps: int, raised: str) -> str:
 
 def has_finished(run: Path, step: int) -> bool:
     """Whether the last attempt that trained has recorded its end after a step, with all evaluations."""
-    told = [event for event in read_events(run) if event["event"] in (*BEGINS, "finish")]
-    ended = bool(told) and told[-1]["event"] == "finish" and told[-1].get("step") == step
+    events = [event for event in read_events(run) if event["event"] in (*BEGINS, "finish")]
+    ended = bool(events) and events[-1]["event"] == "finish" and events[-1].get("step") == step
     return ended and not evaluation_cut_short(run, step)

@@ -242,7 +242,7 @@ def _check_layout(world_size: int, *, tp: int, pp: int, vpp: int | None, ep: int
         raise ConfigError(f"parallel.vpp = {vpp} cuts a pipeline stage in chunks, but parallel.pp = 1")
 
 
-# --- where this rank stands -----------------------------------------------------------------------------------------
+# --- position of this rank ------------------------------------------------------------------------------------------
 
 
 def topology() -> dict[str, int]:

@@ -191,7 +191,7 @@ class Attempt:
             self.progress.say(said)
         self.logs.begin(self.given.config, self.folder, attempt=self.number)
         self._seek()
-        told = {} if changed is None else {"changed": changed[:MOST_CHANGES]}
+        changes = {} if changed is None else {"changed": changed[:MOST_CHANGES]}
         self.logs.add_event(
             BEGINS[changed is not None],
             since=round(self.starting.began, 3),
@@ -199,7 +199,7 @@ class Attempt:
             world_size=self.env.world_size,
             attempt_id=self.fence.lease_id,
             sources=planned_sources(config, self.train_data, step=state.step, sequences=state.sequences),
-            **(told | self.evaluated_on.told | stage.origin()),
+            **(changes | self.evaluated_on.start_fields | stage.origin()),
         )
         if config.train.dry_run:
             dry_run(config, self.stepper, self.groups, self.train_data)

@@ -23,12 +23,12 @@ class EvaluatedOn:
     Attributes:
         lines: one for each, printed at the start of the run.
         kept: `validation` and `tasks` in a checkpoint's metadata: names, and hashes of their content.
-        told: `guessing` in the event of the start: the accuracy of guessing for each task with choices; empty: no task.
+        start_fields: of the event of the start: `guessing`, the accuracy of guessing for each task with choices.
     """
 
     lines: list[str] = field(default_factory=list)
     kept: dict[str, list[dict[str, str]]] = field(default_factory=dict)
-    told: dict[str, dict[str, float]] = field(default_factory=dict)
+    start_fields: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, config: Config, blend: Mapping[Path, Manifest], tasks: Mapping[str, Sequence[TaskItem]]) -> EvaluatedOn:

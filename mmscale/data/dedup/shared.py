@@ -147,7 +147,7 @@ def plan_tasks(
     scratch: Path | None = None,
     tasks: int,
 ) -> SharedDedup:
-    """Divide the work among tasks. The folder of temporary files depends on the request, so that another call goes on.
+    """Divide the work among tasks. The folder of temporary files depends on the request: a repeated call continues.
 
     Args:
         folder: as of `apply.dedup`, and so are the arguments that are not listed here.

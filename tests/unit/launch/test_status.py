@@ -233,7 +233,7 @@ def test_a_job_of_another_cluster_is_left_alone(slurm: FakeSlurm, tmp_path: Path
     assert (found["state"], found["ended"]) == ("unknown", False) and "of cluster elsewhere" in found["reason"]
     owner.refuse_busy(run)
     run_lock.take(run, "7.0.0", attempt=1, job="7")
-    with pytest.raises(LaunchError, match="nobody here can tell"):
+    with pytest.raises(LaunchError, match="this machine cannot find out"):
         owner.refuse_busy(run)
 
 

@@ -31,6 +31,7 @@ FORMATS: dict[str, dict[str, Any]] = {
     "tensorwise": {"fp8": "tensorwise", "fp8_emulate": True},
     "blockwise": {"fp8": "blockwise", "fp8_emulate": True},
     "blockwise_e4m3": {"fp8": "blockwise", "fp8_emulate": True, "fp8_format": "e4m3"},
+    "mxfp8": {"fp8": "mxfp8", "fp8_emulate": True},
 }
 BASE = "high"
 _WORSE = 1.2  # a run has diverged if it ends with this multiple of the loss of its own best stretch

@@ -13,8 +13,7 @@ Shapes: L products of one kind (experts on this rank; 1 for a linear), M rows, K
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -24,54 +23,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmscale.config import Config
-from mmscale.config.precision.fp8 import ALIGNMENT
 from mmscale.errors import ConfigError
 from mmscale.model import fp8_formats as formats
 from mmscale.model.auxiliary import Fp32Buffers
 from mmscale.model.expert_compute import swiglu
 from mmscale.model.experts import Experts
 from mmscale.model.fp8_formats import Blocks, Quantized
+from mmscale.model.fp8_recipe import COLUMNS, GRADIENT, ROWS, WEIGHT, Recipe
 from mmscale.model.untied import UntiedLinear
-
-# The tensors of a product, as column numbers of `DelayedScales.state`: the order in which Transformer-Engine keeps
-# delayed scales. Columns 2 and 4 (output, gradient of the input) are not used.
-ROWS, WEIGHT, GRADIENT, COLUMNS = 0, 1, 3, 5
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How tensors are scaled; attributes as in `precision.fp8_*`.
-
-    Attributes:
-        scaling: delayed, tensorwise or blockwise.
-        gradient: format of gradients; rows and weights use e4m3.
-        margin: delayed scales are divided by 2^margin.
-        history: number of steps whose amax values are kept.
-        most_recent: use the newest amax value for the scale, not the largest one of the history.
-    """
-
-    scaling: Literal["delayed", "tensorwise", "blockwise"]
-    gradient: torch.dtype = formats.E5M2
-    margin: int = 0
-    history: int = 1024
-    most_recent: bool = False
-
-    @classmethod
-    def of(cls, config: Config) -> Recipe:
-        """The recipe of a configuration with emulated FP8."""
-        precision = config.precision
-        assert precision.fp8 != "off", "the caller asks `precision.emulated`"
-        return cls(
-            scaling=precision.fp8,
-            gradient=formats.E5M2 if precision.fp8_format == "hybrid" else formats.E4M3,
-            margin=precision.fp8_margin,
-            history=precision.fp8_amax_history,
-            most_recent=precision.fp8_amax_choice == "most_recent",
-        )
-
-    def format_of(self, role: int) -> torch.dtype:
-        """FP8 format of one of a product's tensors."""
-        return self.gradient if role >= GRADIENT else formats.E4M3
 
 
 class DelayedScales(Fp32Buffers):
@@ -161,9 +120,9 @@ class Fp8Product(nn.Module):
         """Multiply.
 
         Raises:
-            ConfigError: a dimension is not a multiple of 16, as FP8 tensor cores require.
+            ConfigError: a dimension is not a multiple of 16 (MXFP8: 32), as FP8 tensor cores require.
         """
-        require_aligned(rows.shape[-2], rows.shape[-1], weight.shape[-1])
+        require_aligned(rows.shape[-2], rows.shape[-1], weight.shape[-1], multiple=self.recipe.alignment)
         product: Tensor = _Product.apply(rows, weight, self)
         return product
 
@@ -174,11 +133,11 @@ class Fp8Product(nn.Module):
         Args:
             tensor: [L, ., .].
             role: ROWS, WEIGHT or GRADIENT.
-            blocks: which values share a scale, if the recipe is blockwise.
+            blocks: which values share a scale.
             seen: record its amax for delayed scaling.
         """
         dtype = self.recipe.format_of(role)
-        if self.recipe.scaling == "blockwise":
+        if blocks is not Blocks.TENSOR:
             return formats.quantize_blocks(tensor, dtype, blocks)
         if self.scales is not None:
             if seen:
@@ -194,20 +153,23 @@ class _Product(torch.autograd.Function):
     """The three products of a linear: forward, gradient of the rows, gradient of the weight.
 
     With one scale per tensor, a tensor is rounded once and used in two products. Blocks, however, run along the
-    dimension that is summed over, which differs between products, so rows and gradient are rounded separately for each
-    product.
+    dimension that is summed over, which differs between products, so a tensor is rounded separately for each product
+    unless its blocks are the same.
     """
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, module: Fp8Product) -> Tensor:
-        left = module.quantize(rows, ROWS, Blocks.ROW, seen=module.training)
-        right = module.quantize(weight, WEIGHT, Blocks.TILE, seen=module.training)
-        kept = left
-        if left.blocks is not Blocks.TENSOR and ctx.needs_input_grad[1]:
-            kept = module.quantize(rows, ROWS, Blocks.COLUMN, seen=False)
-        ctx.save_for_backward(kept.codes, kept.scale_inv, right.codes, right.scale_inv)
-        ctx.module, ctx.blocks, ctx.dtypes = module, (kept.blocks, right.blocks), (rows.dtype, weight.dtype)
-        ctx.training = module.training
+        blocks = module.recipe.blocks
+        left = module.quantize(rows, ROWS, blocks.rows, seen=module.training)
+        right = module.quantize(weight, WEIGHT, blocks.weight, seen=module.training)
+        rows_back, weight_back = left, right
+        if blocks.rows_back is not blocks.rows and ctx.needs_input_grad[1]:
+            rows_back = module.quantize(rows, ROWS, blocks.rows_back, seen=False)
+        if blocks.weight_back is not blocks.weight and ctx.needs_input_grad[0]:
+            weight_back = module.quantize(weight, WEIGHT, blocks.weight_back, seen=False)
+        ctx.save_for_backward(rows_back.codes, rows_back.scale_inv, weight_back.codes, weight_back.scale_inv)
+        ctx.module, ctx.blocks = module, (rows_back.blocks, weight_back.blocks)
+        ctx.dtypes, ctx.training = (rows.dtype, weight.dtype), module.training
         return formats.product(left, right, rows.dtype)
 
     @staticmethod
@@ -216,29 +178,30 @@ class _Product(torch.autograd.Function):
         codes, scale, weight_codes, weight_scale = ctx.saved_tensors
         rows = Quantized(codes, scale, ctx.blocks[0])
         weight = Quantized(weight_codes, weight_scale, ctx.blocks[1])
-        across = ctx.module.quantize(gradient, GRADIENT, Blocks.ROW, seen=ctx.training)
+        blocks = ctx.module.recipe.blocks
+        across = ctx.module.quantize(gradient, GRADIENT, blocks.gradient, seen=ctx.training)
         of_rows = of_weight = None
         if ctx.needs_input_grad[0]:
             of_rows = formats.product(across, formats.transposed(weight), ctx.dtypes[0])
         if ctx.needs_input_grad[1]:
             down = across
-            if across.blocks is not Blocks.TENSOR:
-                down = ctx.module.quantize(gradient, GRADIENT, Blocks.COLUMN, seen=False)
+            if blocks.gradient_down is not blocks.gradient:
+                down = ctx.module.quantize(gradient, GRADIENT, blocks.gradient_down, seen=False)
             of_weight = formats.product(formats.transposed(rows), down, ctx.dtypes[1])
         return of_rows, of_weight, None
 
 
-def require_aligned(rows: int, inner: int, columns: int) -> None:
+def require_aligned(rows: int, inner: int, columns: int, *, multiple: int) -> None:
     """Refuse sizes that FP8 tensor cores do not support in one of a linear's three products.
 
     Raises:
-        ConfigError: one of them is not a multiple of 16.
+        ConfigError: one of them is not a multiple of `multiple`.
     """
     for name, size in (("rows", rows), ("inputs", inner), ("outputs", columns)):
-        if size % ALIGNMENT:
+        if size % multiple:
             raise ConfigError(
                 f"an FP8 product of [{rows}, {inner}] x [{inner}, {columns}]: {size} {name} are not a multiple of "
-                f"{ALIGNMENT}",
+                f"{multiple}",
                 remedy="use widths and numbers of tokens that are, or precision.fp8=off",
             )
 
@@ -292,7 +255,7 @@ class Fp8Rows(Fp8Product):
     def forward(self, rows: Tensor, weight: Tensor) -> Tensor:
         """[N, K] and a weight [out, K] -> [N, out]. Rows of zeros fill up the multiple that FP8 needs."""
         count = rows.shape[0]
-        filled = F.pad(rows, (0, 0, 0, -count % ALIGNMENT))
+        filled = F.pad(rows, (0, 0, 0, -count % self.recipe.alignment))
         return super().forward(filled.unsqueeze(0), weight.t().unsqueeze(0))[0, :count]
 
 

@@ -3,6 +3,7 @@
 Bit-identical to Transformer-Engine 2.11: CurrentScalingQuantizerRef (quantization_current_scaling.py) for scales from
 the tensor itself, the fused update (delayed_scaling.cu) for delayed ones, and compute_scale_from_amax
 (recipe_common.cuh) for amax values that are not finite, where the kernels use 1 and the Python reference uses 0 or NaN.
+MXFP8 (OCP Microscaling Formats 1.0): blocks of 32 with scales that are powers of two, as in float_to_e8m0 (ptx.cuh).
 
 The amax is taken first, then values are clamped, then cast: torch 2.11 casts values out of range to NaN and torch 2.13
 to the largest value, infinities included.
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-BLOCK = 128
+BLOCK, MX_BLOCK = 128, 32
 _FP32_MAX = torch.finfo(torch.float32).max
 
 
@@ -31,17 +32,31 @@ class Blocks(StrEnum):
     ROW: 128 neighbours in a row: activations and gradients, along the dimension that the product sums over.
     COLUMN: 128 neighbours in a column: the same tensors in the product that gives the weight's gradient.
     TILE: 128 x 128 values: weights, which are read in both directions.
+    MX_ROW, MX_COLUMN: 32 neighbours in a row or column, for MXFP8.
     """
 
     TENSOR = "tensor"
     ROW = "row"
     COLUMN = "column"
     TILE = "tile"
+    MX_ROW = "mx_row"
+    MX_COLUMN = "mx_column"
 
     @property
     def shape(self) -> tuple[int, int]:
         """Rows and columns of a block."""
-        return {Blocks.ROW: (1, BLOCK), Blocks.COLUMN: (BLOCK, 1), Blocks.TILE: (BLOCK, BLOCK)}[self]
+        return {
+            Blocks.ROW: (1, BLOCK),
+            Blocks.COLUMN: (BLOCK, 1),
+            Blocks.TILE: (BLOCK, BLOCK),
+            Blocks.MX_ROW: (1, MX_BLOCK),
+            Blocks.MX_COLUMN: (MX_BLOCK, 1),
+        }[self]
+
+    @property
+    def microscaled(self) -> bool:
+        """Whether scales are those of MXFP8."""
+        return self in (Blocks.MX_ROW, Blocks.MX_COLUMN)
 
 
 @dataclass(frozen=True)
@@ -107,6 +122,28 @@ def scale_of(
     return torch.where((amax > 0) & torch.isfinite(amax), scale, 1.0)
 
 
+def mx_scale_of(amax: Tensor, dtype: torch.dtype) -> Tensor:
+    """The factor of MXFP8: 2^-e with the smallest e for which no value of the block exceeds the format.
+
+    Args:
+        amax: fp32, any shape, not negative.
+        dtype: FP8 format.
+
+    Returns:
+        fp32 powers of two from 2^-127 to 2^127; 1 where amax is 0, as the exponent of such a block does not matter.
+        The exponent of an infinite amax is 127, and that of NaN is NaN, as in E8M0.
+    """
+    ratio = amax * torch.tensor(1.0 / largest(dtype), dtype=torch.float32, device=amax.device)
+    bits = ratio.view(torch.int32)
+    exponent, mantissa = bits >> 23, bits & ((1 << 23) - 1)
+    # A subnormal up to half of the smallest normal number is 2^-127, the smallest scale.
+    up = (mantissa > 0) & (exponent != 254) & ~((exponent == 0) & (mantissa <= 1 << 22))
+    exponent = torch.where(torch.isinf(ratio), 254, exponent + up.int())
+    scale = torch.exp2((127 - exponent).float())
+    scale = torch.where(torch.isnan(ratio), torch.nan, scale)
+    return torch.where(ratio == 0, 1.0, scale)
+
+
 def cast(tensor: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """FP8 codes of tensor * scale, saturated, rounded to nearest even. NaN stays NaN."""
     limit = largest(dtype)
@@ -122,7 +159,10 @@ def quantize_blocks(tensor: Tensor, dtype: torch.dtype, blocks: Blocks) -> Quant
     """Quantize [..., M, K] with a power-of-two scale for each block; blocks at the edges may be smaller."""
     values = _blocked(tensor.detach().float(), blocks)
     amax = values.abs().amax(dim=(-3, -1))
-    scale = scale_of(amax, dtype, power_of_two=True, source=tensor.dtype)
+    if blocks.microscaled:
+        scale = mx_scale_of(amax, dtype)
+    else:
+        scale = scale_of(amax, dtype, power_of_two=True, source=tensor.dtype)
     codes = cast(values, scale[..., :, None, :, None], dtype)
     return Quantized(_whole(codes, tensor.shape), scale.reciprocal(), blocks)
 
@@ -157,7 +197,8 @@ def product(left: Quantized, right: Quantized, out: torch.dtype) -> Tensor:
 
 def transposed(quantized: Quantized) -> Quantized:
     """[..., M, K] -> [..., K, M]; blocks along rows become blocks along columns."""
-    turned = {Blocks.ROW: Blocks.COLUMN, Blocks.COLUMN: Blocks.ROW}
+    turns = ((Blocks.ROW, Blocks.COLUMN), (Blocks.MX_ROW, Blocks.MX_COLUMN))
+    turned = dict(turns) | {column: row for row, column in turns}
     blocks = turned.get(quantized.blocks, quantized.blocks)
     return Quantized(quantized.codes.transpose(-2, -1), quantized.scale_inv.transpose(-2, -1), blocks)
 

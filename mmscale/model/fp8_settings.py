@@ -17,7 +17,7 @@ def fp8_settings(config: Config) -> dict[str, Any]:
     """Arguments of TransformerConfig; none without FP8 or with emulated FP8.
 
     Raises:
-        ConfigError: FP8 is requested and Transformer-Engine is not installed.
+        ConfigError: FP8 is requested and Transformer-Engine is not installed, or this GPU has no MXFP8.
     """
     precision = config.precision
     if precision.fp8 == "off" or precision.emulated:
@@ -26,6 +26,11 @@ def fp8_settings(config: Config) -> dict[str, Any]:
         raise ConfigError(
             f"precision.fp8 = {precision.fp8} needs Transformer-Engine, but {missing}",
             remedy="set precision.fp8=off, or precision.fp8_emulate=true to study what FP8 does to the loss",
+        )
+    if precision.fp8 == "mxfp8" and (missing := transformer_engine.mxfp8_problem()) is not None:
+        raise ConfigError(
+            f"precision.fp8 = mxfp8 cannot run here: {missing}",
+            remedy="use precision.fp8=blockwise, or precision.fp8_emulate=true to study what MXFP8 does to the loss",
         )
     return {
         "fp8": precision.fp8_format,

@@ -17,7 +17,7 @@ from typing import Any
 from mmscale.config import Config, yaml_text
 from mmscale.config.load import flatten, resolve
 from mmscale.config.model.schema import DepthConfig
-from mmscale.config.precision.fp8 import ALIGNMENT
+from mmscale.config.precision.fp8 import alignment
 from mmscale.errors import ConfigError
 from mmscale.plan.compute import flops_per_token
 from mmscale.plan.parameters import count_parameters
@@ -273,7 +273,7 @@ def _width(config: Config, settings: dict[str, Any], target: float, tolerance: f
     The width is a multiple of the largest power of two that is fine enough, at most 64 and at most that in the given
     width, to keep shapes of matrix products efficient. It is also a multiple of what the rules require.
     """
-    least = config.parallel.tp * (1 if config.precision.fp8 == "off" else ALIGNMENT)
+    least = config.parallel.tp * alignment(config)
     low, high = (_forward(settings, ffn_hidden_size=least * n) for n in (1, 2))
     slope = (high - low) / least
     wanted = (target - low) / slope + least

@@ -36,6 +36,12 @@ def problem() -> str | None:
     return None
 
 
+def mxfp8_problem() -> str | None:
+    """Why Transformer-Engine has no MXFP8 kernels for this GPU; None: it has. Call it if `problem` found nothing."""
+    available, reason = importlib.import_module("transformer_engine.pytorch").is_mxfp8_available(return_reason=True)
+    return None if available else str(reason)
+
+
 def usable() -> bool:
     """Whether its layers can run here."""
     return problem() is None

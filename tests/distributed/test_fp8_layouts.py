@@ -19,7 +19,8 @@ import torch
 from mmscale.checkpoint.manager import CheckpointManager
 from mmscale.checkpoint.tensors import open_tensors
 from mmscale.config import Config
-from mmscale.model.fp8_emulate import WEIGHT, Fp8Product
+from mmscale.model.fp8_emulate import Fp8Product
+from mmscale.model.fp8_recipe import WEIGHT
 from mmscale.runtime import groups
 from mmscale.runtime.rank_env import RankEnv
 from mmscale.train.assembly import build
@@ -39,14 +40,15 @@ WIDE = {
     "experts": {"counts": {"text": 2, "image": 2}, "share": {"text": 0.5, "image": 0.5}, "capacity_multiple": 128},
 }
 HISTORY = 8
+IN_BLOCKS = ("blockwise", "mxfp8")
 
 
 def fp8(
     recipe: str, *, parallel: dict[str, Any] | None = None, model: str = "moma", data: dict[str, Any] | None = None
 ) -> Config:
     """A small model with an FP8 recipe."""
-    made = config(model, parallel=parallel, data=data, micro_batch_size=1 if recipe == "blockwise" else 2)
-    if recipe == "blockwise":
+    made = config(model, parallel=parallel, data=data, micro_batch_size=1 if recipe in IN_BLOCKS else 2)
+    if recipe in IN_BLOCKS:
         made = made.model_copy(update={"model": made.model.model_validate(made.model.model_dump() | WIDE)})
     return with_recipe(made, recipe)
 
@@ -63,16 +65,18 @@ LAYOUTS: dict[str, tuple[tuple[dict[str, Any], int], ...]] = {
     "delayed": ((TP2, 1), (EP2, 2), ({"pp": 2}, 3), ({}, 2), ({"ep": 2, "overlap_experts": True}, 2)),
     "tensorwise": ((TP2, 1), ({}, 2)),
     "blockwise": ((TP2, 1), (EP2, 1)),
+    "mxfp8": ((TP2, 1), (EP2, 1), ({}, 1)),
 }
 # What every test run takes: each recipe once, and every kind of parallelism with delayed scales.
 ALWAYS = {
     "delayed": LAYOUTS["delayed"][:3],
     "tensorwise": LAYOUTS["tensorwise"][:1],
     "blockwise": LAYOUTS["blockwise"][:1],
+    "mxfp8": LAYOUTS["mxfp8"][:1],
 }
 REST = {recipe: layouts[len(ALWAYS[recipe]) :] for recipe, layouts in LAYOUTS.items()}
 # In 65,536 gradients of the wide model some are that near to the middle between two FP8 values: seen 4e-5.
-FIRST_NORM = {"blockwise": 3e-4}
+FIRST_NORM = dict.fromkeys(IN_BLOCKS, 3e-4)
 # Loss and gradient norm after four steps: seen up to 5e-4 and 2e-3; without FP8 they differ by 1.5e-3 and 4e-3.
 CLOSE = 3e-3
 
@@ -136,6 +140,7 @@ SPLIT: tuple[tuple[str, str, dict[str, Any], int], ...] = (
     ("dense", "tensorwise", {"cp": 2}, 3),
     ("moma_depth", "delayed", {"cp": 2, "ep": 2}, 1),
     ("moma", "blockwise", {"cp": 2}, 1),
+    ("moe", "mxfp8", {"cp": 2}, 1),
     ("mot_4t1i", "delayed", {"cp": 2, "ep": 2}, 2),
 )
 
@@ -179,6 +184,8 @@ UNTIED: dict[str, tuple[tuple[str, dict[str, Any], int, str | None], ...]] = {
         ("tensorwise", {}, 2, "text"),
         ("blockwise", TP2, 1, None),
         ("blockwise", {}, 2, None),
+        ("mxfp8", TP2, 1, "image"),
+        ("mxfp8", {"pp": 2}, 3, None),
     ),
     "mot_post_depth": (("delayed", TP2, 1, None), ("delayed", {"pp": 2}, 3, "image"), ("tensorwise", TP2, 1, None)),
     "mot_4t1i": (
@@ -199,9 +206,9 @@ SEEDS = range(1, 7)
 
 def _untied(model: str, recipe: str, *, seed: int = 0, parallel: dict[str, Any] | None = None) -> Config:
     """Two layers; blocks of 128 are whole on both ranks."""
-    made = config(model, parallel=parallel, micro_batch_size=1 if recipe == "blockwise" else 2)
+    made = config(model, parallel=parallel, micro_batch_size=1 if recipe in IN_BLOCKS else 2)
     changed = made.model.model_dump() | {"num_layers": 2}
-    if recipe == "blockwise":
+    if recipe in IN_BLOCKS:
         changed |= {key: WIDE[key] for key in ("hidden_size", "ffn_hidden_size", "seq_length")}
         changed["experts"] |= {"capacity_multiple": 128}
     update = {"model": made.model.model_validate(changed), "run": made.run.model_copy(update={"seed": seed})}

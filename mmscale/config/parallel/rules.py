@@ -211,9 +211,9 @@ def _user_buffers(config: Config) -> Iterator[Problem]:
             "parallel.overlap_tensor with precision.dtype = fp32: user buffers hold bf16 or FP8",
             "use precision.dtype=bf16 or drop parallel.overlap_tensor",
         )
-    if precision.fp8 == "blockwise":
+    if precision.fp8 in ("blockwise", "mxfp8"):
         yield Problem(
-            "parallel.overlap_tensor with precision.fp8 = blockwise: user buffers carry no scales of blocks",
+            f"parallel.overlap_tensor with precision.fp8 = {precision.fp8}: user buffers carry no scales of blocks",
             "use precision.fp8=tensorwise or delayed, or drop parallel.overlap_tensor",
         )
     if model.depth is not None:

@@ -1,8 +1,8 @@
 """Shape requirements of FP8: static slots are rounded up to multiples, and each rounding is reported.
 
 Source: Transformer-Engine 2.11 asserts rows % 8 and last dimensions % 16, and expert rows are aligned to 16 for every
-recipe of sm_90. A blockwise tensor that is gathered (sequence parallelism) needs whole blocks of 128 in both
-dimensions.
+recipe of sm_90. MXFP8 needs whole blocks of 32 in both dimensions. A blockwise tensor that is gathered (sequence
+parallelism) needs whole blocks of 128 in both dimensions.
 """
 
 from __future__ import annotations
@@ -11,7 +11,17 @@ import math
 
 from mmscale.config.schema import Config
 
-ALIGNMENT, BLOCK = 16, 128
+_ALIGNMENT, _MX_ALIGNMENT, BLOCK = 16, 32, 128
+
+
+def alignment(config: Config) -> int:
+    """Divisor of the rows and widths of an FP8 product; 1 without FP8."""
+    return alignment_of(config.precision.fp8)
+
+
+def alignment_of(recipe: str) -> int:
+    """The same for a value of precision.fp8."""
+    return {"off": 1, "mxfp8": _MX_ALIGNMENT}.get(recipe, _ALIGNMENT)
 
 
 def blocks_are_gathered(config: Config) -> bool:
@@ -21,9 +31,7 @@ def blocks_are_gathered(config: Config) -> bool:
 
 def row_multiple(config: Config) -> int:
     """Divisor of the rows of an FP8 product and of the slots of an expert [tokens]; 1 without FP8."""
-    if config.precision.fp8 == "off":
-        return 1
-    return BLOCK if blocks_are_gathered(config) else ALIGNMENT
+    return BLOCK if blocks_are_gathered(config) else alignment(config)
 
 
 def capacity_multiple(config: Config) -> int:
@@ -47,7 +55,7 @@ def roundings(config: Config) -> list[str]:
         found.append(("model.depth.multiple", model.depth.multiple, depth_multiple(config)))
     why = f"precision.fp8 = {config.precision.fp8} takes rows in multiples of {rows}"
     if blocks_are_gathered(config):
-        why += f" with parallel.tp = {config.parallel.tp}, and of {ALIGNMENT} with tp = 1"
+        why += f" with parallel.tp = {config.parallel.tp}, and of {alignment(config)} with tp = 1"
     return [f"{key} = {given} is taken as {taken}: {why}" for key, given, taken in found if given != taken]
 
 

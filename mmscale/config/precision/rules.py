@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mmscale.config import derived
-from mmscale.config.precision.fp8 import ALIGNMENT, BLOCK, blocks_are_gathered, row_multiple
+from mmscale.config.precision.fp8 import BLOCK, alignment, blocks_are_gathered, row_multiple
 from mmscale.config.problem import Problem, Rule
 from mmscale.config.schema import Config
 
@@ -88,15 +88,15 @@ def _shapes(config: Config) -> Iterator[Problem]:
     if config.precision.fp8 == "off":
         return
     model, tp, gathered = config.model, config.parallel.tp, blocks_are_gathered(config)
-    heads = model.num_attention_heads
+    heads, whole = model.num_attention_heads, alignment(config)
     widths = [
-        ("model.hidden_size", model.hidden_size, BLOCK if gathered else ALIGNMENT),
-        ("queries, keys and values", (heads + 2 * model.query_groups) * model.head_dim // tp, ALIGNMENT),
-        ("attention's output", heads * model.head_dim // tp, ALIGNMENT),
-        ("model.ffn_hidden_size", model.ffn_hidden_size // tp, ALIGNMENT),
+        ("model.hidden_size", model.hidden_size, BLOCK if gathered else whole),
+        ("queries, keys and values", (heads + 2 * model.query_groups) * model.head_dim // tp, whole),
+        ("attention's output", heads * model.head_dim // tp, whole),
+        ("model.ffn_hidden_size", model.ffn_hidden_size // tp, whole),
     ]
     if derived.shared_width(config):
-        widths.append(("all shared experts together", derived.shared_width(config) // tp, ALIGNMENT))
+        widths.append(("all shared experts together", derived.shared_width(config) // tp, whole))
     for name, width, multiple in widths:
         if width % multiple:
             yield Problem(

@@ -37,6 +37,7 @@ def config(**changes: Any) -> Config:
 
 
 BLOCKWISE = {"precision__fp8": "blockwise"}
+MXFP8 = {"precision__fp8": "mxfp8"}
 BROKEN = [
     ({"precision__fp8": "off"}, "precision.fp8_emulate is set, but precision.fp8 = off"),
     ({"precision": {"fp8_skip_last": 1}}, "precision.fp8_skip_last is set, but precision.fp8 = off"),
@@ -67,6 +68,8 @@ BROKEN = [
         {**BLOCKWISE, "parallel__tp": 4},
         "precision.fp8 = blockwise with parallel.tp = 4: model.seq_length = 256, of which a rank holds 64",
     ),
+    ({**MXFP8, "model__ffn_hidden_size": 48}, "model.ffn_hidden_size, 48 on a rank, is not a multiple of 32"),
+    ({**MXFP8, "model__seq_length": 144}, "model.seq_length = 144 is not a multiple of 32"),
     ({"model__depth": {"capacity": 0.05}, "parallel__tp": 2}, "Mixture-of-Depths layer selects = 16, of which"),
 ]
 
@@ -85,6 +88,8 @@ def test_refused_with_the_way_out(changes: dict[str, Any], cause: str) -> None:
         {"precision__fp8": "delayed", "precision__fp8_amax_history": 16, "precision__fp8_margin": 1},
         {**BLOCKWISE, "precision__fp8_skip_first": 1, "precision__fp8_skip_last": 1, "model__hidden_size": 144},
         {**BLOCKWISE, "parallel__tp": 2},
+        {**MXFP8, "precision__fp8_skip_first": 1},
+        {**MXFP8, "parallel__tp": 2},
         {"parallel__tp": 2, "train__micro_batch_size": 2, "model__seq_length": 16},
     ],
 )
@@ -115,6 +120,8 @@ def test_slots_are_rounded_to_what_products_take() -> None:
         "128 with parallel.tp = 2, and of 16 with tp = 1"
     )
     assert roundings(config(model__experts__capacity_multiple=32)) == []
+    micro = config(model__depth=depth, **MXFP8)
+    assert (row_multiple(micro), capacity_multiple(micro), depth_multiple(micro)) == (32, 32, 32)
 
 
 def test_what_comes_after_training_has_the_same_slots_without_fp8() -> None:

@@ -16,8 +16,9 @@ from mmscale.config.precision.fp8 import high_precision
 from mmscale.errors import ConfigError
 from mmscale.model import fp8_formats as formats
 from mmscale.model.build import transformer_config
-from mmscale.model.fp8_emulate import GRADIENT, ROWS, WEIGHT, Fp8Product, Fp8Rows, Recipe
+from mmscale.model.fp8_emulate import Fp8Product, Fp8Rows
 from mmscale.model.fp8_formats import E4M3, E5M2, Blocks
+from mmscale.model.fp8_recipe import GRADIENT, ROWS, WEIGHT, Recipe
 from mmscale.model.fp8_settings import fp8_settings
 from mmscale.model.untied import Rows, product
 from mmscale.runtime import transformer_engine
@@ -52,15 +53,24 @@ def rounded(tensor: Tensor, dtype: torch.dtype, blocks: Blocks) -> Tensor:
 
 
 def operands(seed: int = 0) -> list[Tensor]:
-    """Rows [2, 48, 160], weight [2, 160, 32] and gradient [2, 48, 32], each with an outlier."""
+    """Rows [2, 64, 160], weight [2, 160, 32] and gradient [2, 64, 32], each with an outlier."""
     generator = torch.Generator().manual_seed(seed)
-    made = [torch.randn(2, *shape, generator=generator) for shape in ((48, 160), (160, 32), (48, 32))]
+    made = [torch.randn(2, *shape, generator=generator) for shape in ((64, 160), (160, 32), (64, 32))]
     for tensor in made:
         tensor[0, 3, 5] = 30.0
     return made
 
 
-@pytest.mark.parametrize("scaling", ["tensorwise", "blockwise"])
+# Blocks of a weight [K, N] in the products that sum over K and over N; along rows and columns of the other operands.
+ONE = (Blocks.TENSOR,) * 4
+BLOCKS = {
+    "tensorwise": ONE,
+    "blockwise": (Blocks.TILE, Blocks.TILE, Blocks.ROW, Blocks.COLUMN),
+    "mxfp8": (Blocks.MX_COLUMN, Blocks.MX_ROW, Blocks.MX_ROW, Blocks.MX_COLUMN),
+}
+
+
+@pytest.mark.parametrize("scaling", list(BLOCKS))
 @pytest.mark.parametrize("gradient", [E5M2, E4M3])
 def test_the_three_products_of_a_linear(
     process_groups: ProcessGroupCollection, scaling: Any, gradient: torch.dtype
@@ -72,13 +82,12 @@ def test_the_three_products_of_a_linear(
     product = Fp8Product(Recipe(scaling, gradient=gradient), process_groups, count=2)
     output = product(rows, weight)
     output.backward(grad)
-    row, column, tile = (Blocks.ROW, Blocks.COLUMN, Blocks.TILE) if scaling == "blockwise" else (Blocks.TENSOR,) * 3
+    down, along, row, column = BLOCKS[scaling]
     for index in range(2):
         x, w, g = (tensor[index].detach() for tensor in (rows, weight, grad))
-        w_rounded = rounded(w, E4M3, tile)
         wanted = (
-            (output, rounded(x, E4M3, row) @ w_rounded),
-            (rows.grad, rounded(g, gradient, row) @ w_rounded.t()),
+            (output, rounded(x, E4M3, row) @ rounded(w, E4M3, down)),
+            (rows.grad, rounded(g, gradient, row) @ rounded(w, E4M3, along).t()),
             (weight.grad, rounded(x, E4M3, column).t() @ rounded(g, gradient, column)),
         )
         for found, value in wanted:
@@ -118,7 +127,7 @@ def test_delayed_products_use_what_earlier_steps_showed(process_groups: ProcessG
     wanted = torch.tensor([448.0, 448.0, 57344.0]) / amax
     assert torch.equal(scales.state[0][:, [ROWS, WEIGHT, GRADIENT]], wanted)
     assert torch.equal(scales.state[0][:, [2, 4]], torch.ones(2, 2)), "no product has these tensors in FP8"
-    found = product.quantize(rows, ROWS, Blocks.ROW, seen=False)
+    found = product.quantize(rows, ROWS, Blocks.TENSOR, seen=False)
     assert torch.equal(found.scale_inv.view(-1), wanted[:, 0].reciprocal())
     product.eval()
     before = scales.state.clone()
@@ -156,11 +165,19 @@ def test_results_come_in_the_format_of_the_operands(process_groups: ProcessGroup
     ("rows", "inner", "columns", "cause"),
     [(8, 32, 32, "8 rows"), (32, 24, 32, "24 inputs"), (32, 32, 40, "40 outputs")],
 )
+@pytest.mark.parametrize(("scaling", "multiple"), [("tensorwise", 16), ("mxfp8", 32)])
 def test_sizes_that_tensor_cores_do_not_take(
-    process_groups: ProcessGroupCollection, rows: int, inner: int, columns: int, cause: str
+    process_groups: ProcessGroupCollection,
+    rows: int,
+    inner: int,
+    columns: int,
+    cause: str,
+    scaling: Any,
+    multiple: int,
 ) -> None:
-    with pytest.raises(ConfigError, match=f"{cause} are not a multiple of 16") as raised:
-        Fp8Product(Recipe("tensorwise"), process_groups)(torch.ones(1, rows, inner), torch.ones(1, inner, columns))
+    product = Fp8Product(Recipe(scaling), process_groups)
+    with pytest.raises(ConfigError, match=f"{cause} are not a multiple of {multiple}") as raised:
+        product(torch.ones(1, rows, inner), torch.ones(1, inner, columns))
     assert raised.value.remedy
 
 
@@ -198,7 +215,7 @@ def test_untied_linears_have_a_product_for_each_modality(build: Callable[..., GP
 
 
 @pytest.mark.parametrize("on_device", [False, True])
-@pytest.mark.parametrize("scaling", ["tensorwise", "blockwise"])
+@pytest.mark.parametrize("scaling", list(BLOCKS))
 def test_a_modality_is_rounded_by_its_own_rows(
     process_groups: ProcessGroupCollection, scaling: Any, on_device: bool
 ) -> None:
@@ -216,15 +233,14 @@ def test_a_modality_is_rounded_by_its_own_rows(
     out = product(tokens, weights, rows, multiply=multiply)
     out.backward(grad)
     assert tokens.grad is not None and weights[1].grad is not None and not weights[1].grad.any()
-    row, column, tile = (Blocks.ROW, Blocks.COLUMN, Blocks.TILE) if scaling == "blockwise" else (Blocks.TENSOR,) * 3
+    down, along, row, column = BLOCKS[scaling]
     for part, weight in zip(order.split(counts), weights, strict=True):
         if not len(part):
             continue
         x, w, g = tokens.detach()[part], weight.detach(), grad[part]
-        w_rounded = rounded(w, E4M3, tile)
         for found, wanted in (
-            (out[part], rounded(x, E4M3, row) @ w_rounded.t()),
-            (tokens.grad[part], rounded(g, E5M2, row) @ w_rounded),
+            (out[part], rounded(x, E4M3, row) @ rounded(w.t(), E4M3, down)),
+            (tokens.grad[part], rounded(g, E5M2, row) @ rounded(w.t(), E4M3, along).t()),
             (weight.grad, rounded(g, E5M2, column).t() @ rounded(x, E4M3, column)),
         ):
             assert found is not None and relative(found, wanted) < 2e-6
@@ -250,6 +266,8 @@ RECIPES = [
     {"fp8": "tensorwise"},
     {"fp8": "blockwise"},
     {"fp8": "blockwise", "fp8_format": "e4m3"},
+    {"fp8": "mxfp8"},
+    {"fp8": "mxfp8", "fp8_format": "e4m3"},
 ]
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "dense": ("dense", {}),
@@ -326,10 +344,20 @@ def test_fp8_without_transformer_engine_is_an_error() -> None:
     assert "precision.fp8_emulate=true" in raised.value.remedy
 
 
-@pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise"])
+def test_mxfp8_needs_a_gpu_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformer_engine, "problem", lambda: None)
+    monkeypatch.setattr(transformer_engine, "mxfp8_problem", lambda: "compute capability 10.0 or higher is required")
+    asked = config("dense", precision={"fp8": "mxfp8", "fp8_emulate": False, "dtype": "bf16"})
+    with pytest.raises(ConfigError, match=r"precision\.fp8 = mxfp8 cannot run here: compute capability") as raised:
+        transformer_config(asked)
+    assert "precision.fp8=blockwise" in raised.value.remedy
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise", "mxfp8"])
 def test_fields_of_megatron_core(monkeypatch: pytest.MonkeyPatch, recipe: str) -> None:
     """Where Transformer-Engine is; megatron-core itself accepts what is set."""
     monkeypatch.setattr(transformer_engine, "problem", lambda: None)
+    monkeypatch.setattr(transformer_engine, "mxfp8_problem", lambda: None)
     skip = {} if recipe == "delayed" else {"fp8_skip_first": 1}
     precision = {"dtype": "bf16", "fp8": recipe, "fp8_emulate": False, "fp8_margin": 1, "fp8_amax_history": 16, **skip}
     asked = config("dense", precision=precision)

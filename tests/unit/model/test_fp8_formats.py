@@ -56,6 +56,30 @@ def test_scales_at_the_edges(dtype: torch.dtype, power_of_two: bool, source: tor
     assert [bits(v) for v in found.tolist()] == [bits(v) for v in wanted]
 
 
+def exponent_by_hand(amax: float, largest: float) -> float:
+    """The exponent e of a block of MXFP8: the least with amax <= largest * 2^e, from -127 to 127."""
+    ratio = float(np.float32(amax) * np.float32(1.0 / largest))
+    if math.isnan(ratio):
+        return math.nan
+    if ratio == 0.0:  # also of the smallest numbers; such a block has no exponent
+        return 0
+    if math.isinf(ratio):
+        return 127
+    return max(-127, min(127, math.ceil(math.log2(ratio))))
+
+
+@pytest.mark.parametrize("dtype", [E4M3, E5M2])
+def test_scales_of_mxfp8_at_the_edges(dtype: torch.dtype) -> None:
+    rng = np.random.default_rng(2)
+    powers = [LARGEST[dtype] * 2.0**e for e in (-120, -8, 0, 1, 30)]
+    values = [v for v in EDGES if v] + powers + np.exp(rng.uniform(-85, 80, 300)).astype(np.float32).tolist()
+    found = formats.mx_scale_of(torch.tensor(values), dtype).tolist()
+    for value, scale in zip(values, found, strict=True):
+        wanted = exponent_by_hand(float(np.float32(value)), LARGEST[dtype])
+        assert math.isnan(scale) if math.isnan(wanted) else scale == 2.0**-wanted, (value, scale, wanted)
+    assert formats.mx_scale_of(torch.zeros(1), dtype).tolist() == [1.0]
+
+
 def test_a_floor_of_amax() -> None:
     found = formats.scale_of(torch.tensor([0.0, 1e-6, 0.5, math.nan]), E4M3, eps=0.25)
     assert found.tolist() == [1792.0, 1792.0, 896.0, 1.0]
@@ -144,15 +168,19 @@ def quantized_by_hand(matrix: Tensor, dtype: torch.dtype, blocks: Blocks) -> tup
     for top in range(0, matrix.shape[0], rows):
         for left in range(0, matrix.shape[1], columns):
             block = matrix[top : top + rows, left : left + columns]
-            scale = scale_by_hand(
-                float(block.abs().max()), LARGEST[dtype], power_of_two=True, instead_of_infinity=FP32_MAX
-            )
+            amax = float(block.abs().max())
+            scale = 2.0 ** -exponent_by_hand(amax, LARGEST[dtype])
+            if not blocks.microscaled:
+                scale = scale_by_hand(amax, LARGEST[dtype], power_of_two=True, instead_of_infinity=FP32_MAX)
             out[top : top + rows, left : left + columns] = (block * scale).to(dtype).float() / scale
             scales[top : top + rows, left : left + columns] = scale
     return out, scales
 
 
-@pytest.mark.parametrize("blocks", [Blocks.ROW, Blocks.COLUMN, Blocks.TILE])
+IN_BLOCKS = [blocks for blocks in Blocks if blocks is not Blocks.TENSOR]
+
+
+@pytest.mark.parametrize("blocks", IN_BLOCKS)
 @pytest.mark.parametrize("shape", [(256, 384), (48, 80), (130, 144)])
 def test_blocks_have_scales_of_their_own(blocks: Blocks, shape: tuple[int, int]) -> None:
     generator = torch.Generator().manual_seed(3)
@@ -170,7 +198,7 @@ def test_blocks_have_scales_of_their_own(blocks: Blocks, shape: tuple[int, int])
 
 def test_block_scales_are_powers_of_two_so_doubling_changes_no_code() -> None:
     matrix = torch.randn(128, 256, generator=torch.Generator().manual_seed(4))
-    for blocks in (Blocks.ROW, Blocks.COLUMN, Blocks.TILE):
+    for blocks in IN_BLOCKS:
         once, twice = (formats.quantize_blocks(m, E4M3, blocks) for m in (matrix, 2.0 * matrix))
         assert torch.equal(once.codes.view(torch.uint8), twice.codes.view(torch.uint8))
         assert torch.equal(2.0 * once.scale_inv, twice.scale_inv)
@@ -195,7 +223,8 @@ def test_error_of_a_product() -> None:
     """Rounding errors of 3 (2) bits of mantissa, uniform within half a step, independent in both operands."""
     assert 0.033 < product_error(by_tensor) < 0.041
     assert 0.053 < product_error(by_tensor, gradient=True) < 0.066
-    assert 0.033 < product_error(lambda t, dtype: formats.quantize_blocks(t, dtype, Blocks.TILE)) < 0.041
+    for blocks in (Blocks.TILE, Blocks.MX_ROW):
+        assert 0.033 < product_error(lambda t, dtype, blocks=blocks: formats.quantize_blocks(t, dtype, blocks)) < 0.041
 
 
 def test_a_product_is_that_of_the_rounded_values() -> None:
@@ -234,6 +263,7 @@ def test_one_outlier_spoils_a_tensor_but_only_its_own_blocks() -> None:
     for quantized, bound in (
         (by_tensor(matrix, E4M3), (0.5, 1.1)),
         (formats.quantize_blocks(matrix, E4M3, Blocks.ROW), (0.0, 0.03)),
+        (formats.quantize_blocks(matrix, E4M3, Blocks.MX_ROW), (0.0, 0.03)),
     ):
         error = (quantized.dequantized() - matrix)[rest].norm() / matrix[rest].norm()
         assert bound[0] <= float(error) <= bound[1]

@@ -1,6 +1,7 @@
 """Estimates the time of an optimizer step from data-sheet figures and assumed fractions of them, to compare layouts.
 
-Every assumption is a constant below and a line of `assumptions`. Nothing here has been fitted to a run of mmscale.
+Assumptions are those of `tables.gpus.Efficiency`, each a part of `assumptions`. Those about GPUs have not been fitted
+to a run of mmscale; `mmscale bench calibrate` measures those of a machine.
 """
 
 from __future__ import annotations
@@ -25,23 +26,8 @@ from mmscale.plan.stages import dtype_bytes, first_and_last, rank_tokens, stage_
 from mmscale.tables.gpus import Gpu
 from mmscale.tables.settings import KINDS
 
-# Fractions of data-sheet figures that large operations are assumed to reach.
-PRODUCTS, MEMORY, LINK, NETWORK = 0.7, 0.8, 0.75, 0.8
-# torch's masked kernel also computes the half that a causal mask hides.
-ATTENTION = {Kernels.TE: 0.4, Kernels.CUDA: 0.2}
-# A product with a side of this many elements reaches half the speed of a large one.
-HALF_WIDTH = 256
-# How often element-wise operations move every byte that a layer keeps, in forward and in backward.
-MOVES = 2, 3
-# Seconds to start a kernel; backward starts twice as many as forward (`ModelKind.kernels`).
-LAUNCH = 4e-6
-# Seconds until a message arrives, within and between machines.
-LATENCY = 5e-6, 15e-6
 # Bytes moved to convert a bf16 element to FP8: read for the amax and for the cast, written and written transposed.
 _CAST = 6
-# Bytes that the optimizer reads and writes per parameter of its shard.
-_ADAM = 34
-_LOGITS = 20
 _OVER_REPLICAS = (MessageKind.GRAD_REDUCE, MessageKind.PARAM_GATHER, MessageKind.MUON)
 
 
@@ -159,12 +145,12 @@ def _stage_time(config: Config, world: int, gpu: Gpu, *, stage: int, parameters:
     # Weights are cast once a step, because megatron-core keeps FP8 weights for all micro-batches.
     casts = _CAST if _peak(config, gpu, fp8=True) > _peak(config, gpu, fp8=False) else 0
     muon = muon_cost(config, parameters, stage=stage, world=world)
-    peak = gpu.bf16 if config.optim.muon.dtype == "bf16" else gpu.fp32
-    orthogonalized = muon.flops / (peak * _reached(muon.narrowest)) + sums[MessageKind.MUON]
+    peak, reached = gpu.bf16 if config.optim.muon.dtype == "bf16" else gpu.fp32, gpu.efficiency
+    orthogonalized = muon.flops / (peak * _reached(muon.narrowest, gpu)) + sums[MessageKind.MUON]
     return StepTime(
         products=micro_batches * one.products * 3,
         attention=micro_batches * one.attention * 3,
-        elementwise=micro_batches * one.elementwise * (1 + MOVES[1] / MOVES[0]),
+        elementwise=micro_batches * one.elementwise * (1 + reached.moves[1] / reached.moves[0]),
         recompute=micro_batches * one.recompute,
         tp=tensor,
         cp=sums[MessageKind.CP],
@@ -172,14 +158,18 @@ def _stage_time(config: Config, world: int, gpu: Gpu, *, stage: int, parameters:
         pp=pipeline,
         bubble=bubble,
         dp=exposed,
-        optimizer=(shard * _ADAM + (dense + experts) * (8 + casts)) / (gpu.bandwidth * MEMORY) + orthogonalized,
+        optimizer=(shard * reached.adam + (dense + experts) * (8 + casts)) / (gpu.bandwidth * reached.memory)
+        + orthogonalized
+        + reached.fixed,
     )
 
 
 def _compute(config: Config, gpu: Gpu, stage: int) -> _Pass:
     """Seconds of a micro-batch on a stage, without recomputation."""
     model, tp = config.model, config.parallel.tp
-    tokens = rank_tokens(config)
+    tokens, reached, kernels = rank_tokens(config), gpu.efficiency, _kernels(config, gpu)
+    bandwidth, forward_moves = gpu.bandwidth * reached.memory, reached.moves[0]
+    share = reached.attention_te if kernels is Kernels.TE else reached.attention
     products = attention = elementwise = launched = feed_forward = 0.0
     counts = Counter(model.is_depth_layer(layer) for layer in stage_layers(config, stage))
     example = {model.is_depth_layer(layer): layer for layer in stage_layers(config, stage)}
@@ -189,19 +179,19 @@ def _compute(config: Config, gpu: Gpu, stage: int) -> _Pass:
     for depth, count in counts.items():
         flops = layer_flops(config, depth=depth)
         ffn = flops.ffn + _waited_for(config, depth=depth)
-        expert = (ffn / (fast * _reached(inner)) + flops.routers / plain) * tokens / tp
-        seconds = flops.projections / (fast * _reached(width)) * tokens / tp + expert
-        started = KINDS[model.kind].kernels * (1.3 if depth else 1.0) * LAUNCH
-        parts = layer_activations(config, example[depth], kernels=on_gpu(config))
+        expert = (ffn / (fast * _reached(inner, gpu)) + flops.routers / plain) * tokens / tp
+        seconds = flops.projections / (fast * _reached(width, gpu)) * tokens / tp + expert
+        started = KINDS[model.kind].kernels * (1.3 if depth else 1.0) * reached.launch
+        parts = layer_activations(config, example[depth], kernels=kernels)
         cast = _cast_bytes(config, depth=depth) if fast > plain else 0.0
-        moved = (MOVES[0] * total(parts) + cast) / (gpu.bandwidth * MEMORY)
+        moved = (forward_moves * total(parts) + cast) / bandwidth
         inside = sum(parts.get(name, 0.0) for name in ("ffn", "router", "chosen", "experts", "combine"))
-        feed_forward += count * (expert + MOVES[0] * inside / (gpu.bandwidth * MEMORY))
-        within = flops.attention * tokens / tp / (plain * ATTENTION[on_gpu(config)])
+        feed_forward += count * (expert + forward_moves * inside / bandwidth)
+        within = flops.attention * tokens / tp / (plain * share)
         elementwise += count * moved
         attention += count * within
-        # If starting kernels takes longer than running them, the device waits for the host.
-        launched += count * max(0.0, started - seconds - moved - within)
+        # If starting kernels takes longer than running them, the device waits for the host. A host runs them itself.
+        launched += count * (started if gpu.host else max(0.0, started - seconds - moved - within))
         products += count * seconds
     products += launched
     again = recomputed_modules(config)
@@ -211,11 +201,11 @@ def _compute(config: Config, gpu: Gpu, stage: int) -> _Pass:
     repeated += feed_forward if "mlp" in again else 0.0
     if first_and_last(config, stage)[1]:
         rows = config.vocab.padded_size / tp
-        product = 2 * model.hidden_size * rows * tokens / (plain * _reached(int(min(model.hidden_size, rows))))
+        product = 2 * model.hidden_size * rows * tokens / (plain * _reached(int(min(model.hidden_size, rows)), gpu))
         products += product
-        elementwise += _LOGITS * rows * tokens / (gpu.bandwidth * MEMORY)
+        elementwise += reached.logits * rows * tokens / bandwidth
         repeated += product if config.parallel.loss_chunk else 0.0
-    backward = 2 * (products + attention) + elementwise * MOVES[1] / MOVES[0]
+    backward = 2 * (products + attention) + elementwise * reached.moves[1] / forward_moves
     return _Pass(products, attention, elementwise, backward, repeated)
 
 
@@ -249,9 +239,14 @@ def _peak(config: Config, gpu: Gpu, *, fp8: bool) -> float:
     return gpu.bf16
 
 
-def _reached(side: int) -> float:
+def _reached(side: int, gpu: Gpu) -> float:
     """Fraction of the peak that a product with this shortest side reaches."""
-    return PRODUCTS * side / (side + HALF_WIDTH)
+    return gpu.efficiency.products * side / (side + gpu.efficiency.half_width)
+
+
+def _kernels(config: Config, gpu: Gpu) -> Kernels:
+    """Implementation of layers on this device."""
+    return Kernels.HOST if gpu.host else on_gpu(config)
 
 
 def _seconds(traffic: Traffic, config: Config, world: int, gpu: Gpu) -> float:
@@ -276,9 +271,9 @@ def _seconds(traffic: Traffic, config: Config, world: int, gpu: Gpu) -> float:
     if traffic.kind in _OVER_REPLICAS and traffic.ranks < dense_replicas(config, world):
         stride *= parallel.ep
     inside = max(1, min(traffic.ranks, node // stride))
-    link, network = gpu.link * LINK, gpu.network * NETWORK
+    link, network = gpu.link * gpu.efficiency.link, gpu.network * gpu.efficiency.network
     if inside >= traffic.ranks:
-        return traffic.sent / link + traffic.calls * LATENCY[0]
+        return traffic.sent / link + traffic.calls * gpu.efficiency.latency[0]
     if traffic.operation is Operation.ALL_TO_ALL:
         remote = (traffic.ranks - inside) / (traffic.ranks - 1)
         seconds = traffic.sent * max(remote / network, (1 - remote) / link)
@@ -286,20 +281,22 @@ def _seconds(traffic: Traffic, config: Config, world: int, gpu: Gpu) -> float:
         seconds = traffic.sent / network
     else:
         seconds = traffic.sent / min(link, inside * network)
-    return seconds + traffic.calls * LATENCY[1]
+    return seconds + traffic.calls * gpu.efficiency.latency[1]
 
 
 def assumptions(gpu: Gpu, config: Config) -> list[str]:
     """The assumptions behind the times, in words."""
     formats = "FP8" if config.precision.fp8 != "off" and gpu.fp8 is not None else config.precision.dtype
+    reached, attention = gpu.efficiency, _kernels(config, gpu)
+    share = reached.attention_te if attention is Kernels.TE else reached.attention
     return [
-        f"{gpu.name} ({gpu.source}): {_peak(config, gpu, fp8=True) / 1e12:.0f} TFLOP/s in {formats}, "
-        f"{gpu.bandwidth / 1e12:.2f} TB/s, {gpu.link / 1e9:.0f} GB/s inside machines of {gpu.per_node}, "
-        f"{gpu.network / 1e9:.0f} GB/s between them",
-        f"efficiency: {PRODUCTS:.0%} in matrix products (half of it with a side of {HALF_WIDTH}), "
-        f"{ATTENTION[on_gpu(config)]:.0%} in attention, {MEMORY:.0%} of memory, {LINK:.0%} inside machines, "
-        f"{NETWORK:.0%} between them; {1e6 * LAUNCH:.0f} us to launch each of {KINDS[config.model.kind].kernels} "
-        "kernels per layer",
+        f"{gpu.name} ({gpu.source}): {_peak(config, gpu, fp8=True) / 1e12:.3g} TFLOP/s in {formats}, "
+        f"{gpu.bandwidth / 1e12:.3g} TB/s, {gpu.link / 1e9:.3g} GB/s inside machines of {gpu.per_node}, "
+        f"{gpu.network / 1e9:.3g} GB/s between them",
+        f"efficiency: {reached.products:.0%} in matrix products (half of it with a side of {reached.half_width:.0f}), "
+        f"{share:.0%} in attention, {reached.memory:.0%} of memory, {reached.link:.0%} inside machines, "
+        f"{reached.network:.0%} between them; {1e6 * reached.launch:.0f} us to launch each of "
+        f"{KINDS[config.model.kind].kernels} kernels per layer",
         "overlapped, if the settings say so: gradients with one backward pass, parameters with one forward pass, sends "
         "between stages with interleaving. Messages of TP and EP are not overlapped",
     ]

@@ -1,6 +1,6 @@
-"""Data-sheet figures of GPUs and of the machines around them; not measurements.
+"""Data-sheet figures of GPUs and of the machines around them, and assumptions about what of them is reached.
 
-mmscale.plan.timing assumes which fraction of a figure is reached. The MFU of a run uses the peaks of this module too.
+plan/measured.py reads the figures of a machine that was measured. The MFU of a run uses the peaks of this module too.
 """
 
 from __future__ import annotations
@@ -9,6 +9,43 @@ import re
 from dataclasses import dataclass
 
 from mmscale.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """What large operations reach of a device's figures, and what every operation costs besides.
+
+    The defaults are assumptions about GPUs. `mmscale bench calibrate` measures a machine's own.
+
+    Attributes:
+        products: share of the peak in matrix products.
+        half_width: a product whose shortest side has this many elements reaches half of it.
+        attention_te: share of the peak in attention with Transformer-Engine's kernels.
+        attention: the same with torch's, whose masked kernel also computes the half that a causal mask hides.
+        memory: share of the memory's bandwidth in element-wise operations.
+        moves: how often element-wise operations move every byte that a layer keeps: in forward and in backward.
+        logits: bytes that the loss moves per token and id.
+        adam: bytes that the optimizer moves per parameter of its shard.
+        launch: seconds to start a kernel; backward starts twice as many as forward (`ModelKind.kernels`).
+        fixed: seconds of a step that depend on nothing else.
+        link: share of the figure of messages inside a machine.
+        network: share of the figure of messages between machines.
+        latency: seconds until a message arrives, inside and between machines.
+    """
+
+    products: float = 0.7
+    half_width: float = 256.0
+    attention_te: float = 0.4
+    attention: float = 0.2
+    memory: float = 0.8
+    moves: tuple[float, float] = (2.0, 3.0)
+    logits: float = 20.0
+    adam: float = 34.0
+    launch: float = 4e-6
+    fixed: float = 0.0
+    link: float = 0.75
+    network: float = 0.8
+    latency: tuple[float, float] = (5e-6, 15e-6)
 
 
 @dataclass(frozen=True)
@@ -26,6 +63,8 @@ class Gpu:
         network: of its network adapter, one direction [bytes/s].
         per_node: devices of a machine.
         source: data sheets.
+        efficiency: what of the figures is reached.
+        host: whether the device is a CPU, whose kernels and memory are the host's own.
     """
 
     name: str
@@ -38,6 +77,8 @@ class Gpu:
     network: float
     per_node: int
     source: str
+    efficiency: Efficiency = Efficiency()
+    host: bool = False
 
 
 GPUS = {

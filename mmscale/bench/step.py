@@ -59,7 +59,7 @@ class Contender(Protocol):
         """Clip gradients and take the optimizer's step."""
 
 
-class _Ours:
+class Trained:
     """A model of mmscale in the training step of mmscale."""
 
     def __init__(self, config: Config) -> None:
@@ -74,6 +74,7 @@ class _Ours:
         self.batches: list[Batch] = []
 
     def prepare(self, step: int) -> None:
+        """Make the micro-batches of a step."""
         # New tensors, so that the masks that a micro-batch caches for its layers are made within the timed part.
         number = self.config.train.global_batch_size // self.config.train.micro_batch_size
         self.batches = [
@@ -81,9 +82,11 @@ class _Ours:
         ]
 
     def forward_backward(self) -> None:
+        """Gradients of all micro-batches."""
         self.stepper.accumulate(self.batches)
 
     def update(self) -> None:
+        """Take the optimizer's step."""
         set_learning_rate(self.optimizer, self.config, self.config.optim.lr)
         self.optimizer.step()
 
@@ -205,7 +208,7 @@ def run(
         groups.initialize(RankEnv(), seed=configs["dense"].run.seed)
     try:
         contenders: dict[str, Contender] = {
-            name: peer_mixtral.Peer(config) if name == PEER else _Ours(config) for name, config in configs.items()
+            name: peer_mixtral.Peer(config) if name == PEER else Trained(config) for name, config in configs.items()
         }
         rounds = _rounds(contenders, repeats)
         profiles = {name: _profile(contender) for name, contender in contenders.items()} if profile else {}

@@ -43,6 +43,12 @@ _BENCHMARKS = (
         "--hidden 512 --seq 1024 --layers 4 --repeats 20",
     ),
     _Benchmark(
+        "calibrate",
+        "Measure this machine for `mmscale plan --gpu FILE.json`, in a minute, or check its predictions against other "
+        "steps. Options as --name value.",
+        "--out measured.json",
+    ),
+    _Benchmark(
         "checkpoint",
         "Time saves, compared with megatron-core's and torch's own; loading, archive, memory. Options as --name value.",
         "--gigabytes 1 --nproc 2 --repeats 5",

@@ -17,7 +17,7 @@ import typer
 
 from mmscale.cli.output import Json, Overrides, console, emit
 from mmscale.errors import DataError, UsageError
-from mmscale.tables.gpus import DEFAULT, GPUS, gpu_named
+from mmscale.tables.gpus import DEFAULT, GPUS
 
 if TYPE_CHECKING:
     from mmscale.config import Config
@@ -86,7 +86,8 @@ def plan(
             "--gpu",
             metavar="NAME",
             show_default=False,
-            help=f"Device to plan for: {', '.join(GPUS)}. Default: {DEFAULT}.",
+            help=f"Device to plan for: {', '.join(GPUS)}, or a FILE.json of `mmscale bench calibrate`. "
+            f"Default: {DEFAULT}.",
         ),
     ] = None,
     storage: Annotated[
@@ -239,10 +240,11 @@ def _propose(asked: _Asked, *, as_json: bool) -> None:
 
 def _machine(asked: _Asked) -> Machine:
     """The devices that were named, otherwise this machine's CPU."""
+    from mmscale.plan.measured import figures_of
     from mmscale.plan.sizing_inputs import Machine
 
     if asked.gpu is not None or asked.gpus is not None or asked.gpu_memory is not None:
-        return Machine.of_gpus(gpu_named(asked.gpu or DEFAULT), asked.gpus or 1, memory=asked.gpu_memory)
+        return Machine.of_gpus(figures_of(asked.gpu or DEFAULT), asked.gpus or 1, memory=asked.gpu_memory)
     from mmscale.runtime import cpu_speed
 
     cores = cpu_speed.cores()

@@ -12,12 +12,13 @@ from mmscale.plan.activations import Kernels, on_gpu
 from mmscale.plan.cluster_load import STORAGE_GB_S, cluster_load
 from mmscale.plan.compute import flops_per_token
 from mmscale.plan.layouts import USABLE, Layout, evaluate
+from mmscale.plan.measured import figures_of
 from mmscale.plan.memory import checkpoint_bytes
 from mmscale.plan.parameters import count_parameters
 from mmscale.plan.search import Search, is_own, search
 from mmscale.plan.step_law import suggest
 from mmscale.plan.timing import assumptions
-from mmscale.tables.gpus import DEFAULT, Gpu, gpu_named
+from mmscale.tables.gpus import DEFAULT, Gpu
 
 _SHOWN = 20
 
@@ -36,7 +37,7 @@ def plan(
         config: a loaded configuration.
         gpus: devices; None: only the configuration's own layout, on as few ranks as it needs.
         gpu_memory: memory of a device [GiB]; None: the GPU's, or unknown with neither `gpu` nor `gpus`.
-        gpu: name of the device whose figures times are computed with; None: h100.
+        gpu: device whose figures times are computed with, by name or file of `mmscale bench calibrate`; None: h100.
         storage_gb_s: bandwidth of the shared file system [GB/s].
 
     Returns:
@@ -51,7 +52,7 @@ def plan(
         ConfigError: without `gpus`, the configuration's own layout violates a rule.
         UsageError: no figures of the GPU.
     """
-    figures = gpu_named(gpu or DEFAULT)
+    figures = figures_of(gpu or DEFAULT)
     if gpu_memory is None and (gpu is not None or gpus is not None):
         gpu_memory = figures.memory
     parameters, flops = count_parameters(config), flops_per_token(config)

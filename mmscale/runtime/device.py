@@ -64,6 +64,18 @@ def taken() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else torch.device("cpu")
 
 
+def count() -> int:
+    """Devices of this machine that the process sees; without CUDA the CPU cores that it may use."""
+    return torch.cuda.device_count() if has_cuda() else len(os.sched_getaffinity(0))
+
+
+def memory_bytes() -> int:
+    """Memory of the device, or of this machine without CUDA."""
+    if has_cuda():
+        return int(torch.cuda.mem_get_info()[1])
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def device_name() -> str:
     """Name of the device, from `torch.cuda` or the kernel."""
     if has_cuda():

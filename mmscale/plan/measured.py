@@ -1,0 +1,69 @@
+"""Figures of a machine that `mmscale bench calibrate` measured, for `mmscale plan --gpu FILE.json`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mmscale import bounded
+from mmscale.errors import UsageError
+from mmscale.tables.gpus import Efficiency, Gpu, gpu_named
+
+FORMAT = 1
+_SUFFIX = ".json"
+_MOST_BYTES = 1 << 22
+_PAIRS = ("moves", "latency")
+
+
+def figures_of(name: str) -> Gpu:
+    """A device by the name that `--gpu` takes: one of the table, or a file of `mmscale bench calibrate`.
+
+    Raises:
+        UsageError: no such name or file, or the file is another one.
+    """
+    return read(Path(name)) if name.endswith(_SUFFIX) else gpu_named(name)
+
+
+def as_dict(gpu: Gpu) -> dict[str, Any]:
+    """A device as plain data, which `of_dict` reads."""
+    return {"format": FORMAT, "device": asdict(gpu)}
+
+
+def read(file: Path) -> Gpu:
+    """The device that a file describes.
+
+    Raises:
+        UsageError: there is no such file, or it is none of `mmscale bench calibrate`.
+    """
+    remedy = f"write it with `mmscale bench calibrate --out {file}`"
+    try:
+        found = bounded.read_object(file, most=_MOST_BYTES)
+    except FileNotFoundError:
+        raise UsageError(f"--gpu {file}: no such file", remedy=remedy) from None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--gpu {file}: {error}", remedy=remedy) from error
+    if found.get("format") != FORMAT:
+        raise UsageError(f"--gpu {file} has format {found.get('format')}, this version reads {FORMAT}", remedy=remedy)
+    try:
+        return of_dict(found["device"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"--gpu {file} does not describe a device: {error!r}", remedy=remedy) from error
+
+
+def of_dict(values: dict[str, Any]) -> Gpu:
+    """A device from plain data.
+
+    Raises:
+        TypeError, ValueError: the data is something else.
+    """
+    reached: dict[str, Any] = {
+        key: tuple(value) if key in _PAIRS else float(value) for key, value in values["efficiency"].items()
+    }
+    if any(len(reached[key]) != 2 for key in _PAIRS):
+        raise ValueError(f"{' and '.join(_PAIRS)} are two numbers each")
+    gpu = Gpu(**(values | {"efficiency": Efficiency(**reached)}))
+    speeds = (gpu.bf16, gpu.fp32, gpu.bandwidth, gpu.link, gpu.network, gpu.per_node, gpu.efficiency.products)
+    if not all(value > 0 for value in speeds):
+        raise ValueError("a speed is not positive")
+    return gpu

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mmscale.bench.step import Trained
+from mmscale.bench.step import OwnContender
 from mmscale.config import Config
 from mmscale.runtime import device
 
@@ -72,7 +72,7 @@ def config_of(shape: Shape) -> Config:
 
 def seconds_of_step(config: Config, *, repeats: int) -> float:
     """The shortest of several optimizer steps, after two to warm up [s]."""
-    contender, found = Trained(config), []
+    contender, found = OwnContender(config), []
     for step in range(repeats + 2):
         contender.prepare(step)
         device.synchronize()

@@ -59,7 +59,7 @@ class Contender(Protocol):
         """Clip gradients and take the optimizer's step."""
 
 
-class Trained:
+class OwnContender:
     """A model of mmscale in the training step of mmscale."""
 
     def __init__(self, config: Config) -> None:
@@ -208,7 +208,8 @@ def run(
         groups.initialize(RankEnv(), seed=configs["dense"].run.seed)
     try:
         contenders: dict[str, Contender] = {
-            name: peer_mixtral.Peer(config) if name == PEER else Trained(config) for name, config in configs.items()
+            name: peer_mixtral.Peer(config) if name == PEER else OwnContender(config)
+            for name, config in configs.items()
         }
         rounds = _rounds(contenders, repeats)
         profiles = {name: _profile(contender) for name, contender in contenders.items()} if profile else {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ def read(file: Path) -> Gpu:
     Raises:
         UsageError: there is no such file, or it is none of `mmscale bench calibrate`.
     """
-    remedy = f"write it with `mmscale bench calibrate --out {file}`"
+    remedy = f"write it with `mmscale bench calibrate --out {shlex.quote(str(file))}`"
     try:
         found = bounded.read_object(file, most=_MOST_BYTES)
     except FileNotFoundError:

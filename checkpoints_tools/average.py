@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from checkpoints_tools.alike import check_models
+from checkpoints_tools.refusals import ONE_MODEL, check_average
 from checkpoints_tools.sources import open_source, summary
-from mmscale.checkpoint import rewrite, run_folder
+from mmscale.checkpoint import rewrite
 from mmscale.checkpoint.integrity import CheckpointManifest
-from mmscale.checkpoint.settings import config_of
 from mmscale.checkpoint.tensors import OPTIMIZER, Region, TensorEntry, TensorSource, origin_of
-from mmscale.config.changes import function_changes
-from mmscale.errors import CheckpointError, UsageError
+from mmscale.errors import CheckpointError
 from mmscale.runtime.environment import code_version
 
 _MASTER = f"{OPTIMIZER}state.param."  # the optimizer's fp32 copy of a weight
@@ -39,28 +39,12 @@ def average(checkpoints: Sequence[tuple[Path, int | None]], out: Path, *, ema: f
         UsageError: fewer than two checkpoints, or a decay outside of 0..1.
         CheckpointError: one is missing or damaged, they are of different models, or `out` has checkpoints.
     """
-    if len(checkpoints) < 2:
-        raise UsageError("a mean needs two checkpoints or more", remedy="name them: RUN@100 RUN@200 ... OUT")
-    run_folder.refuse_checkpoints(out)
-    counts = coefficients(len(checkpoints), ema=ema)
+    counts = check_average(checkpoints, out, ema=ema)
     mean = Mean([open_source(path, step) for path, step in checkpoints], counts)
     settings: dict[str, Any] = {"coefficients": counts} | ({} if ema is None else {"ema": ema})
     origin = origin_of("average", mean.sources, **settings)
     made = rewrite.into_run(mean, out, origin=origin, weights=True, code_version=code_version())
     return summary(made) | {"coefficients": counts}
-
-
-def coefficients(number: int, *, ema: float | None = None) -> list[float]:
-    """What each of `number` checkpoints counts; their sum is 1.
-
-    Raises:
-        UsageError: the decay is outside of 0..1.
-    """
-    if ema is None:
-        return [1.0 / number] * number
-    if not 0.0 < ema < 1.0:
-        raise UsageError(f"--ema {ema:g} is no decay", remedy="use a number between 0 and 1, e.g. 0.9")
-    return [ema ** (number - 1), *((1.0 - ema) * ema ** (number - 1 - index) for index in range(1, number))]
 
 
 class Mean:
@@ -83,7 +67,7 @@ class Mean:
         self.path = self._newest.path
         self.step = self._newest.step
         for other in sources[1:]:
-            check_alike(sources[0], other, remedy="average checkpoints of one model and one vocabulary")
+            check_alike(sources[0], other, remedy=ONE_MODEL)
         available = [set(source.names()) for source in sources]
         self._masters = {name for name in set.intersection(*available) if name.startswith(_MASTER)}
 
@@ -137,17 +121,7 @@ def check_alike(one: TensorSource, other: TensorSource, *, remedy: str) -> None:
     Raises:
         CheckpointError: vocabularies, settings of the model, names, shapes or types differ.
     """
-    mine, theirs = one.info().get("shape", {}), other.info().get("shape", {})
-    keys = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
-    if keys:
-        said = "; ".join(f"{key} is {mine.get(key)} and {theirs.get(key)}" for key in keys)
-        raise CheckpointError(f"{one.path} and {other.path} hold different models: {said}", remedy=remedy)
-    saved = one.info().get("config"), other.info().get("config")
-    if all(saved) and (found := function_changes(saved[0] or {}, config_of(other.info(), where=other.path))):
-        raise CheckpointError(
-            f"{one.path} and {other.path} compute different functions of their weights: {'; '.join(found)}",
-            remedy=remedy,
-        )
+    check_models(one, other, remedy=remedy)
     names = set(one.names(weights=True)) ^ set(other.names(weights=True))
     if names:
         raise CheckpointError(

@@ -8,13 +8,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from checkpoints_tools.refusals import check_archive, check_copy, check_restore
 from checkpoints_tools.sources import open_source, summary
 from mmscale.checkpoint import archive as archives
-from mmscale.checkpoint import publish, rewrite, run_folder
+from mmscale.checkpoint import rewrite
 from mmscale.checkpoint.archive import ArchiveTensors
-from mmscale.checkpoint.layout import is_archive
 from mmscale.checkpoint.tensors import TensorSource, origin_of
-from mmscale.errors import CheckpointError
 from mmscale.runtime.environment import code_version
 
 
@@ -30,7 +29,7 @@ def archive(run: Path, step: int | None, out: Path, *, weights: bool = False) ->
     Raises:
         CheckpointError: the checkpoint is missing or damaged, `out` exists or cannot be written.
     """
-    publish.refuse_existing(out)
+    check_archive(run, step, out)
     source = open_source(run, step)
     archives.write(source, out, weights=weights, code_version=code_version())
     return summary(out)
@@ -46,10 +45,7 @@ def restore(path: Path, run: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the archive is missing or damaged, the run has checkpoints or cannot be written.
     """
-    run_folder.refuse_checkpoints(run)
-    if not is_archive(path):
-        what = "is no archive" if path.exists() else "does not exist"
-        raise CheckpointError(f"{path} {what}", remedy="`mmscale ckpt archive RUN[@STEP] OUT` makes one")
+    check_restore(path, run)
     source = ArchiveTensors(path)
     origin = origin_of("restore", [source])
     return summary(rewrite.into_run(source, run, origin=origin, code_version=code_version()))
@@ -78,7 +74,7 @@ def reshard(
     Raises:
         CheckpointError: the checkpoint is missing or damaged, `out` has checkpoints or cannot be written.
     """
-    run_folder.refuse_checkpoints(out)
+    check_copy(run, step, out)
     source: TensorSource = open_source(run, step)
     made = rewrite.into_run(
         source,

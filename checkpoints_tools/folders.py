@@ -13,26 +13,13 @@ from typing import Any
 from mmscale.checkpoint import integrity, signing
 from mmscale.checkpoint.integrity import CheckpointManifest, DamagedError, DeletedError, NoManifestError
 from mmscale.checkpoint.kinds import wrong_types
-from mmscale.checkpoint.layout import ARRAYS, Store, is_archive
+from mmscale.checkpoint.layout import ARRAYS, is_archive
+from mmscale.checkpoint.named import open_store
 from mmscale.checkpoint.save_settings import Retention
 from mmscale.config.load import load
 from mmscale.errors import CheckpointError, ConfigError
 
 FEWEST = 2  # number of intact checkpoints that `prune` always keeps
-
-
-def open_store(run: Path) -> Store:
-    """The checkpoints of a run.
-
-    Raises:
-        CheckpointError: there is no such run, or it has never saved.
-    """
-    store = Store.of_run(run)
-    if not store.root.is_dir():
-        raise CheckpointError(
-            f"{run} has no folder {store.root.name}/", remedy="name a run folder: `mmscale train` prints it"
-        )
-    return store
 
 
 def listing(run: Path) -> dict[str, Any]:

@@ -20,21 +20,18 @@ import torch
 from torch import Tensor
 
 from checkpoints_tools.average import Mean, check_alike
+from checkpoints_tools.fused_settings import ONE_CONFIGURATION, check_dense, fused_settings, fused_tokenizers
 from checkpoints_tools.huggingface import from_hf
-from checkpoints_tools.huggingface.export_settings import CONFIG as HF_CONFIG
 from checkpoints_tools.new_run import NewRun
+from checkpoints_tools.refusals import HF_CONFIG, Named, check_fuse
 from checkpoints_tools.sources import open_source, summary
-from mmscale.checkpoint import rewrite, run_folder
+from mmscale.checkpoint import rewrite
 from mmscale.checkpoint.settings import config_of
 from mmscale.checkpoint.tensors import OPTIMIZER, Region, TensorEntry, TensorSource, origin_of, unknown_tensor
-from mmscale.config import Config, rules
-from mmscale.errors import CheckpointError, UsageError, shell_command
+from mmscale.config import Config
+from mmscale.errors import shell_command
 from mmscale.layers import LayerTensor, TensorPart, model_tensors
 from mmscale.runtime.environment import code_version
-from mmscale.tables.settings import UNTIED
-
-Named = tuple[Path, int | None]  # a run's folder (or an archive, or an export) and a step
-_REMEDY = "fuse models of one configuration, which differ in their training data only"
 
 
 def fuse(text: Named, image: Named, out: Path, *, average: bool = False, steps: int | None = None) -> dict[str, Any]:
@@ -56,15 +53,13 @@ def fuse(text: Named, image: Named, out: Path, *, average: bool = False, steps: 
             vocabularies or tokenizers differ; `out` has checkpoints.
         ConfigError: the new model breaks a rule between settings.
     """
-    run_folder.refuse_checkpoints(out)
-    if text == image:
-        raise UsageError(f"both models are {text[0]}", remedy="name a text model and an image model")
+    check_fuse(text, image, out, average=average, steps=steps)
     with _opened(text) as one, _opened(image) as other:
-        check_alike(one, other, remedy=_REMEDY)
-        tokenizers = _tokenizers(one, other)
+        check_alike(one, other, remedy=ONE_CONFIGURATION)
+        tokenizers = fused_tokenizers(one, other)
         old = config_of(one.info(), where=one.path)
-        _check(old, one)
-        new = _settings(old, config_of(other.info(), where=other.path), untie=not average, steps=steps)
+        check_dense(old, one)
+        new = fused_settings(old, config_of(other.info(), where=other.path), untie=not average, steps=steps)
         weights = Mean([one, other], [0.5, 0.5]) if average else FusedWeights(one, other, new)
         how = "average" if average else "Mixture-of-Transformers"
         origin = origin_of("fuse", [one, other], fused=how)
@@ -91,47 +86,6 @@ def _opened(named: Named) -> Iterator[TensorSource]:
     with tempfile.TemporaryDirectory(prefix=f"{path.name}-") as folder:
         from_hf.import_(path, Path(folder) / "run")
         yield open_source(Path(folder) / "run", 0)
-
-
-def _tokenizers(one: TensorSource, other: TensorSource) -> dict[str, str]:
-    """Fingerprints of the tokenizers of both models, by modality."""
-    mine, theirs = one.info().get("tokenizers", {}), other.info().get("tokenizers", {})
-    for name in sorted(mine.keys() & theirs.keys()):
-        if mine[name] != theirs[name]:
-            raise CheckpointError(
-                f"{one.path} and {other.path} have different tokenizers of {name}: the same id stands for something "
-                "else",
-                remedy="train both on data that was prepared with the same tokenizers",
-            )
-    return {**theirs, **mine}
-
-
-def _check(old: Config, source: TensorSource) -> None:
-    """Refuse models that are not plain dense ones."""
-    model = old.model
-    for key, wrong in (
-        (f"model.kind = {model.kind}", model.has_experts),
-        ("model.depth", model.depth is not None),
-        (f"model.untie = [{', '.join(model.untie)}]", bool(model.untie)),
-    ):
-        if wrong:
-            raise CheckpointError(
-                f"{source.path} has {key}, but only plain dense models can be fused",
-                remedy="fuse dense models first; `mmscale ckpt upcycle` then makes experts",
-            )
-
-
-def _settings(old: Config, other: Config, *, untie: bool, steps: int | None) -> Config:
-    """Those of the text model. If the other one was trained on other data, the new run has none yet."""
-    settings = old.model_dump(mode="json")
-    if (old.data.path, old.data.blend) != (other.data.path, other.data.blend):
-        settings["data"] |= {"path": None, "blend": []}
-    if untie:
-        settings["model"]["untie"] = list(UNTIED)
-    settings["train"]["steps"] = steps or old.train.steps
-    new = Config.model_validate(settings)
-    rules.check(new)
-    return new
 
 
 class FusedWeights:

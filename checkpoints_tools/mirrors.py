@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from checkpoints_tools.folders import open_store
 from mmscale.bounded import BAD_CONTENT
 from mmscale.checkpoint import run_folder
 from mmscale.checkpoint.layout import Store
@@ -13,6 +12,7 @@ from mmscale.checkpoint.mirror import downloads
 from mmscale.checkpoint.mirror.mirror_settings import MirrorSettings
 from mmscale.checkpoint.mirror.reasons import without_secrets
 from mmscale.checkpoint.mirror.uploads import Uploaded
+from mmscale.checkpoint.named import open_store
 from mmscale.config.load import load
 from mmscale.errors import CheckpointError, UsageError
 from mmscale.runs.attempts import settings_name

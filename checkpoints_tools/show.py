@@ -12,10 +12,10 @@ from typing import Any
 
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from checkpoints_tools.folders import open_store
 from checkpoints_tools.sources import open_source
 from mmscale.checkpoint import integrity, tensor_index
 from mmscale.checkpoint.layout import INFO, is_archive
+from mmscale.checkpoint.named import open_store
 from mmscale.checkpoint.tensors import TensorEntry, is_weight
 from mmscale.errors import CheckpointError
 

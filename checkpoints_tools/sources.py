@@ -7,8 +7,8 @@ from typing import Any
 
 from mmscale.checkpoint.archive import ArchiveTensors
 from mmscale.checkpoint.layout import is_archive
+from mmscale.checkpoint.named import find
 from mmscale.checkpoint.tensors import TensorSource, open_tensors
-from mmscale.errors import CheckpointError
 
 
 def open_source(path: Path, step: int | None = None) -> TensorSource:
@@ -21,14 +21,8 @@ def open_source(path: Path, step: int | None = None) -> TensorSource:
     Raises:
         CheckpointError: it does not exist, or its names and sizes show damage.
     """
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist", remedy="name a run folder, RUN@STEP, or an archive")
-    if not is_archive(path):
-        return open_tensors(path, step)
-    archive = ArchiveTensors(path)
-    if step is not None and step != archive.step:
-        raise CheckpointError(f"{path} is an archive of step {archive.step}", remedy=f"name it {path}")
-    return archive
+    find(path, step)
+    return ArchiveTensors(path) if is_archive(path) else open_tensors(path, step)
 
 
 def summary(made: Path) -> dict[str, Any]:

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 from checkpoints_tools.moments import decoded
+from checkpoints_tools.refusals import check_upcycle
 from checkpoints_tools.sources import open_source, summary
 from checkpoints_tools.upcycle_recipes import WeightRecipe, final_norms, recipes
-from checkpoints_tools.upcycled_settings import upcycled_settings
-from mmscale.checkpoint import rewrite, run_folder
+from mmscale.checkpoint import rewrite
 from mmscale.checkpoint.integrity import CheckpointManifest
 from mmscale.checkpoint.settings import config_of
 from mmscale.checkpoint.shape import shape_of
@@ -95,14 +95,12 @@ def upcycle(
         CheckpointError: the source is missing, damaged, or has several experts already; `out` has checkpoints.
         ConfigError: the new model breaks a rule between settings.
     """
-    run_folder.refuse_checkpoints(out)
+    wanted: dict[str, Any] = {"experts": experts, "untie": untie, "top_k": top_k, "ungated": ungated, "split": split}
+    new = check_upcycle(run, step, out, **wanted, steps=steps)
     source = decoded(open_source(run, step))
     old = config_of(source.info(), where=source.path)
     if split is not None and not experts:
         experts = dict.fromkeys(old.vocab.names, split)
-    new = upcycled_settings(
-        old, experts, untie, done=source.step, steps=steps, top_k=top_k, ungated=ungated, split=split
-    )
     own_seed = new.run.seed if seed is None else seed
     made = Upcycled(source, old, new, experts=bool(experts), split=split, keep_moments=keep_moments, seed=own_seed)
     asked = {"experts": dict(experts), "untie": list(untie), "keep_moments": keep_moments}

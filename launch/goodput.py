@@ -61,8 +61,8 @@ def goodput(
         next_step = resumed[number]
         stopped = None if ended is None or "step" not in ended else int(ended["step"])
         _split(
-            # The last save and evaluation come after the last logged step: the event of the end has their seconds.
-            [*lines.get(number, []), *([] if ended is None else [_pauses(ended)])],
+            # The last steps, save and evaluation come after the last logged step: the event of the end has their time.
+            [*lines.get(number, []), *([] if ended is None else [_unlogged(ended)])],
             first=int(begun.get("step", 0)),
             counts_up_to=next_step,
             saved=stopped if next_step is None else next_step,
@@ -78,8 +78,9 @@ def _begins(event: Mapping[str, Any]) -> bool:
     return event["event"] in ("launch", *BEGINS)
 
 
-def _pauses(event: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: event[name] for name in ("save_stall_s", "eval_s") if name in event}
+def _unlogged(event: Mapping[str, Any]) -> dict[str, Any]:
+    """The end of an attempt as a line of metrics; older versions recorded pauses only."""
+    return {name: event[name] for name in ("step", "step_time_s", "save_stall_s", "eval_s") if name in event}
 
 
 def _resumed_from(attempts: Mapping[int, Sequence[Mapping[str, Any]]], order: Sequence[int]) -> dict[int, int | None]:
@@ -105,7 +106,7 @@ def _split(
 ) -> None:
     """Add one attempt's seconds after its start-up to the parts.
 
-    Steps between the last logged one and the `saved` one also count, at the pace of the steps before. `rest` is the
+    Steps between the last line and the `saved` one also count, at the pace of the steps before. `rest` is the
     part that gets the remaining time: of a running attempt the step in progress; of an ended one lost work, an
     unnoticed fault, or the orderly exit.
     """

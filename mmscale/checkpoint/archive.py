@@ -24,9 +24,10 @@ from torch import Tensor
 
 from mmscale import bounded
 from mmscale.checkpoint import integrity, plain, publish, zarr_arrays
-from mmscale.checkpoint.integrity import CheckpointManifest, DamagedError
+from mmscale.checkpoint.integrity import CheckpointManifest
 from mmscale.checkpoint.kinds import require_types
 from mmscale.checkpoint.layout import ARRAYS, INFO
+from mmscale.checkpoint.named import ARCHIVE_FORMAT, damaged_archive, find_archive
 from mmscale.checkpoint.tensors import (
     Region,
     TensorEntry,
@@ -41,12 +42,9 @@ from mmscale.checkpoint.zarr_arrays import Grid
 from mmscale.errors import CheckpointError
 from mmscale.runtime import device, fail_points
 
-FORMAT = 2  # 1: bfloat16 and FP8 by private names that zarr-python cannot open; still readable
-_READ = (1, 2)
 STATE = "state.json"
 OBJECTS = "objects.json"
 _LONGEST = 200  # bytes of a folder's name; file systems allow 255
-_REMEDY = "use another copy of the archive, or archive the checkpoint again"
 
 
 def write(
@@ -76,7 +74,7 @@ def write(
         _write_tensors(source, temporary / ARRAYS, weights=weights, grid=grid)
         common = without_optimizers(source.common()) if weights else source.common()
         info = source.info() | {
-            "archive": FORMAT,
+            "archive": ARCHIVE_FORMAT,
             "step": source.step,
             "contents": contents_of(source, weights=weights),
             "origin": origin,
@@ -140,25 +138,10 @@ class ArchiveTensors:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        integrity.refuse_world_writable(path)
-        try:
-            self._manifest = integrity.read_manifest(path)
-        except DamagedError as error:
-            raise _damaged(path, [str(error)]) from None
-        self.step = self._manifest.step
-        self._hashed: set[str] = set()
+        found = find_archive(path)
+        self._manifest, self.step = found.manifest, found.step
+        self._hashed = {INFO}
         self._metadata: dict[str, dict[str, Any]] = {}
-        problems = integrity.structure(path, self._manifest)
-        if problems:
-            raise _damaged(path, problems)
-        found = self.info().get("archive")
-        if found is None:
-            raise CheckpointError(f"{path} is not an archive", remedy="name a run and a step of it: RUN@STEP")
-        if found not in _READ:
-            raise CheckpointError(
-                f"{path} is an archive of format {found}, this version reads format {FORMAT} and older",
-                remedy="use the version of mmscale that wrote it",
-            )
         ends = f"/{zarr_arrays.META}"
         folders = [name.removeprefix(f"{ARRAYS}/").removesuffix(ends) for name in self._manifest.files if ends in name]
         self._names = sorted(unquote(folder) for folder in folders if "/" not in folder and folder != zarr_arrays.META)
@@ -181,7 +164,7 @@ class ArchiveTensors:
         try:
             dtype = zarr_arrays.dtype_of(metadata)
         except ValueError as error:
-            raise _damaged(self.path, [f"{name}: {error}"]) from None
+            raise damaged_archive(self.path, [f"{name}: {error}"]) from None
         return TensorEntry(name, tuple(metadata["shape"]), getattr(torch, dtype))
 
     def read(self, name: str, region: Region | None = None) -> Tensor:
@@ -201,7 +184,7 @@ class ArchiveTensors:
         try:
             return zarr_arrays.read(self.path / folder, None if region is None else tuple(region))
         except ValueError as error:
-            raise _damaged(self.path, [f"{name}: {str(error).splitlines()[0]}"]) from None
+            raise damaged_archive(self.path, [f"{name}: {str(error).splitlines()[0]}"]) from None
 
     def info(self) -> dict[str, Any]:
         """The metadata stored next to the tensors."""
@@ -216,14 +199,14 @@ class ArchiveTensors:
         try:
             return dict(plain.decode(self._json(STATE)))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise _damaged(self.path, [f"{STATE}: {error}"]) from None
+            raise damaged_archive(self.path, [f"{STATE}: {error}"]) from None
 
     def objects(self) -> dict[str, bytes]:
         """Serialized objects by name, not opened."""
         try:
             return {str(name): base64.b64decode(text, validate=True) for name, text in self._json(OBJECTS).items()}
         except (ValueError, TypeError, AttributeError) as error:
-            raise _damaged(self.path, [f"{OBJECTS}: {error}"]) from None
+            raise damaged_archive(self.path, [f"{OBJECTS}: {error}"]) from None
 
     def _description(self, name: str) -> dict[str, Any]:
         if name not in self._metadata:
@@ -234,10 +217,10 @@ class ArchiveTensors:
             try:
                 shards = [f"{folder}/{file}" for file in zarr_arrays.shard_files(metadata)]
             except ValueError as error:
-                raise _damaged(self.path, [f"{folder}/{zarr_arrays.META}: {error}"]) from None
+                raise damaged_archive(self.path, [f"{folder}/{zarr_arrays.META}: {error}"]) from None
             missing = [f"{file} is missing" for file in shards if file not in self._manifest.files]
             if missing:
-                raise _damaged(self.path, missing)
+                raise damaged_archive(self.path, missing)
             self._metadata[name] = metadata
         return self._metadata[name]
 
@@ -246,7 +229,7 @@ class ArchiveTensors:
         try:
             return bounded.read_json(self.path / name)
         except (OSError, ValueError) as error:
-            raise _damaged(self.path, [f"{name}: {error}"]) from None
+            raise damaged_archive(self.path, [f"{name}: {error}"]) from None
 
     def _require(self, names: list[str]) -> None:
         """Hash files that have not been hashed yet."""
@@ -254,9 +237,5 @@ class ArchiveTensors:
         unknown = [f"{name} is not in the manifest" for name in new if name not in self._manifest.files]
         problems = unknown or integrity.content(self.path, self._manifest, new)
         if problems:
-            raise _damaged(self.path, problems)
+            raise damaged_archive(self.path, problems)
         self._hashed.update(new)
-
-
-def _damaged(path: Path, problems: list[str]) -> CheckpointError:
-    return CheckpointError(f"{path} is damaged: {integrity.describe(problems)}", remedy=_REMEDY)

@@ -28,9 +28,10 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadIte
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from mmscale.checkpoint import integrity, tensor_index, torch_files
-from mmscale.checkpoint.integrity import CheckpointManifest, DamagedError, NoManifestError
+from mmscale.checkpoint.integrity import CheckpointManifest
 from mmscale.checkpoint.kinds import require_types
 from mmscale.checkpoint.layout import INFO, Store
+from mmscale.checkpoint.named import OTHER_STEP, manifest_of, open_store
 from mmscale.checkpoint.shape import TRAINING, WEIGHTS
 from mmscale.errors import CheckpointError
 
@@ -40,7 +41,6 @@ OPTIMIZER = "optimizer."  # prefix of the names of every optimizer's tensors
 SCALING = ".fp8_state"
 BACKEND = "metadata.json"  # megatron-core recognises its checkpoints by this file
 COMMON = "common.pt"  # megatron-core's file for everything except tensors
-_REMEDY = "choose another checkpoint: RUN@STEP"
 Region = Sequence[slice]  # one slice of every dimension, with start and stop inside of it
 
 
@@ -112,11 +112,7 @@ def open_tensors(run: Path, step: int | None = None) -> CheckpointTensors:
     Raises:
         CheckpointError: there is no such run or checkpoint; it is damaged, has no manifest, or it is world-writable.
     """
-    store = Store.of_run(run)
-    if not store.root.is_dir():
-        raise CheckpointError(
-            f"{run} has no folder {store.root.name}/", remedy="name a run folder: `mmscale train` prints it"
-        )
+    store = open_store(run)
     return CheckpointTensors(store, store.choose(step))
 
 
@@ -137,7 +133,7 @@ class CheckpointTensors:
         self._store = store
         self._hashed: set[str] = set()
         with integrity.while_there(self.path):
-            self._manifest = _manifest(self.path, step)
+            self._manifest = manifest_of(self.path, step)
             self._index_file = tensor_index.name_in(self._manifest.files)
             self._require([self._index_file, INFO] if INFO in self._manifest.files else [self._index_file])
             self._index = tensor_index.read(self.path)
@@ -182,7 +178,9 @@ class CheckpointTensors:
             return target
         items = create_read_items_for_chunk_list(name, found, [box])
         if sum(item.lengths.numel() for item in items) != target.numel():
-            raise CheckpointError(f"{self.path / self._index_file} does not say where all of {name} is", remedy=_REMEDY)
+            raise CheckpointError(
+                f"{self.path / self._index_file} does not say where all of {name} is", remedy=OTHER_STEP
+            )
         self._read(items, ReadInto(target))
         return target
 
@@ -208,7 +206,7 @@ class CheckpointTensors:
                 found: dict[str, Any] = torch_files.load(self.path / COMMON)
             except Exception as error:  # a damaged pickle may raise any exception
                 first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                raise CheckpointError(f"{self.path / COMMON} cannot be read: {first}", remedy=_REMEDY) from None
+                raise CheckpointError(f"{self.path / COMMON} cannot be read: {first}", remedy=OTHER_STEP) from None
         return found
 
     def objects(self) -> dict[str, bytes]:
@@ -235,7 +233,7 @@ class CheckpointTensors:
             except Exception as error:
                 first = (str(error).strip().splitlines() or [""])[0]
                 raise CheckpointError(
-                    f"{self.path} cannot be read: {type(error).__name__}: {first}", remedy=_REMEDY
+                    f"{self.path} cannot be read: {type(error).__name__}: {first}", remedy=OTHER_STEP
                 ) from None
 
     def _require(self, names: list[str]) -> None:
@@ -244,7 +242,7 @@ class CheckpointTensors:
         unknown = [f"{name} is not in the manifest" for name in new if name not in self._manifest.files]
         problems = unknown or integrity.content(self.path, self._manifest, new)
         if problems:
-            raise CheckpointError(f"{self.path} is damaged: {integrity.describe(problems)}", remedy=_REMEDY)
+            raise CheckpointError(f"{self.path} is damaged: {integrity.describe(problems)}", remedy=OTHER_STEP)
         self._hashed.update(new)
 
 
@@ -287,24 +285,6 @@ def _box(size: torch.Size, region: Region | None) -> ChunkStorageMetadata:
     return ChunkStorageMetadata(
         torch.Size(part.start for part in region), torch.Size(part.stop - part.start for part in region)
     )
-
-
-def _manifest(folder: Path, step: int) -> CheckpointManifest:
-    integrity.refuse_world_writable(folder)
-    try:
-        manifest = integrity.read_manifest(folder)
-    except NoManifestError:
-        raise CheckpointError(
-            f"{folder} has no {integrity.MANIFEST}, so it cannot be verified",
-            remedy="choose a checkpoint that has one: RUN@STEP",
-        ) from None
-    except DamagedError as error:
-        raise CheckpointError(f"{folder} is damaged: {error}", remedy=_REMEDY) from None
-    problems = [] if manifest.step == step else [f"{integrity.MANIFEST} belongs to step {manifest.step}"]
-    problems += integrity.structure(folder, manifest)
-    if problems:
-        raise CheckpointError(f"{folder} is damaged: {integrity.describe(problems)}", remedy=_REMEDY)
-    return manifest
 
 
 def is_weight(name: str) -> bool:

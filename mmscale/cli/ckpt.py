@@ -12,9 +12,10 @@ from typing import Annotated, Any
 import typer
 
 from mmscale.cli import ckpt_copies, ckpt_mirrors
-from mmscale.cli.named_files import split_step
+from mmscale.cli.named_files import check_checkpoint, split_step
 from mmscale.cli.output import Json, console, emit, pairs, size
 from mmscale.errors import CheckpointError, UsageError
+from mmscale.runtime.waiting import waiting
 
 app = typer.Typer(
     help="List, show, verify, sign, compare, prune, archive, restore, reshard, average, fuse, mirror and fetch "
@@ -74,14 +75,18 @@ def show(
     if tensor is None:
         if box:
             raise UsageError("--slice needs a tensor", remedy="add --tensor NAME")
-        from checkpoints_tools import show as showing
+        check_checkpoint(folder, step)
+        with waiting("loading torch", enabled=not as_json):
+            from checkpoints_tools import show as showing
 
-        result = showing.show(folder, step=step)
+            result = showing.show(folder, step=step)
         emit(result, as_json=as_json, text=lambda: _contents(result))
         return
-    from checkpoints_tools.tensor_values import values
+    check_checkpoint(folder, step, verified=True)
+    with waiting("loading torch", enabled=not as_json):
+        from checkpoints_tools.tensor_values import values
 
-    found = values(folder, name=tensor, step=step, box=box)
+        found = values(folder, name=tensor, step=step, box=box)
     emit(found, as_json=as_json, text=lambda: _values(found))
 
 
@@ -211,9 +216,14 @@ def diff(
     as_json: Json = False,
 ) -> None:
     """Compare two checkpoints tensor by tensor."""
-    from checkpoints_tools import diff as comparing
+    both = split_step(one), split_step(other)
+    for folder, step in both:
+        check_checkpoint(folder, step, verified=True)
+    with waiting("loading torch", enabled=not as_json) as tell:
+        from checkpoints_tools import diff as comparing
 
-    result = comparing.diff(split_step(one), split_step(other), weights=weights)
+        tell("comparing tensors")
+        result = comparing.diff(*both, weights=weights)
     emit(result, as_json=as_json, text=lambda: _differences(result))
 
 

@@ -14,6 +14,7 @@ import typer
 from mmscale.cli.named_files import split_step
 from mmscale.cli.output import Json, emit, pairs, size
 from mmscale.errors import UsageError
+from mmscale.runtime.waiting import waiting
 from mmscale.tables.settings import UNTIED
 
 RunAtStep = Annotated[str, typer.Argument(metavar="RUN[@STEP]", help="Run folder, and optionally a step of it.")]
@@ -31,10 +32,16 @@ def archive(
 
     Random states are not stored: a run that resumes from the archive gets new ones.
     """
-    from checkpoints_tools import copying
+    from checkpoints_tools.refusals import check_archive
 
     folder, step = split_step(run)
-    _emit(copying.archive(folder, step, out, weights=weights), as_json=as_json)
+    check_archive(folder, step, out)
+    with waiting("loading torch", enabled=not as_json) as tell:
+        from checkpoints_tools import copying
+
+        tell(f"writing {out}")
+        result = copying.archive(folder, step, out, weights=weights)
+    _emit(result, as_json=as_json)
 
 
 def restore(
@@ -43,9 +50,15 @@ def restore(
     as_json: Json = False,
 ) -> None:
     """Make a new run from an archive. Any layout can train it, and `eval` can evaluate it."""
-    from checkpoints_tools import copying
+    from checkpoints_tools.refusals import check_restore
 
-    _emit(copying.restore(path, run), as_json=as_json)
+    check_restore(path, run)
+    with waiting("loading torch", enabled=not as_json) as tell:
+        from checkpoints_tools import copying
+
+        tell(f"writing {run}")
+        result = copying.restore(path, run)
+    _emit(result, as_json=as_json)
 
 
 def reshard(
@@ -69,10 +82,16 @@ def reshard(
     Every layout loads every checkpoint as it is. This command merges the files of many ranks for copying, or for file
     systems with few inodes. With --weights it omits two thirds or more of the bytes.
     """
-    from checkpoints_tools import copying
+    from checkpoints_tools.refusals import check_copy
 
     folder, step = split_step(run)
-    _emit(copying.reshard(folder, step, out, weights=weights, files=files), as_json=as_json)
+    check_copy(folder, step, out)
+    with waiting("loading torch", enabled=not as_json) as tell:
+        from checkpoints_tools import copying
+
+        tell(f"writing {out}")
+        result = copying.reshard(folder, step, out, weights=weights, files=files)
+    _emit(result, as_json=as_json)
 
 
 def average(
@@ -95,10 +114,16 @@ def average(
         raise UsageError(
             "average needs two checkpoints or more, and a folder for the result", remedy="RUN@100 RUN@200 ... OUT"
         )
-    from checkpoints_tools import average as averaging
+    from checkpoints_tools.refusals import check_average
 
-    *checkpoints, out = paths
-    result = averaging.average([split_step(path) for path in checkpoints], Path(out), ema=ema)
+    *names, out = paths
+    checkpoints = [split_step(name) for name in names]
+    check_average(checkpoints, Path(out), ema=ema)
+    with waiting("loading torch", enabled=not as_json) as tell:
+        from checkpoints_tools import average as averaging
+
+        tell(f"writing {out}")
+        result = averaging.average(checkpoints, Path(out), ema=ema)
     _emit(result, as_json=as_json)
 
 
@@ -125,9 +150,16 @@ def fuse(
     Text tokens have the weights of the text model, all others those of the image model. The result has no optimizer
     state. Any layout can train it.
     """
-    from checkpoints_tools import fuse as fusing
+    from checkpoints_tools.refusals import check_fuse
 
-    _emit(fusing.fuse(split_step(text), split_step(image), out, average=average, steps=steps), as_json=as_json)
+    models = split_step(text), split_step(image)
+    check_fuse(*models, out, average=average, steps=steps)
+    with waiting("loading torch", enabled=not as_json) as tell:
+        from checkpoints_tools import fuse as fusing
+
+        tell(f"writing {out}")
+        result = fusing.fuse(*models, out, average=average, steps=steps)
+    _emit(result, as_json=as_json)
 
 
 def upcycle(
@@ -188,7 +220,7 @@ def upcycle(
     Any layout can train the result. Experts are copies, routers are new and router noise is on; untied weights are
     copies, too, and compute the same. The learning-rate schedule starts again; the position in the data is kept.
     """
-    from checkpoints_tools import upcycle as upcycling
+    from checkpoints_tools.refusals import check_upcycle
 
     folder, step = split_step(run)
     if (split is None) != (shared is None) or shared not in (None, "keep"):
@@ -196,19 +228,20 @@ def upcycle(
             "--split and --shared keep belong together: a part of the FFN alone computes something else",
             remedy="give both: --split 4 --shared keep",
         )
-    result = upcycling.upcycle(
-        folder,
-        step,
-        out,
-        experts={} if experts is None else _counts(experts),
-        untie=[] if untie is None else _parts(untie),
-        top_k=top_k,
-        ungated=[] if ungated is None else [name.strip() for name in ungated.split(",")],
-        split=split,
-        keep_moments=keep_moments,
-        steps=steps,
-        seed=seed,
-    )
+    wanted: dict[str, Any] = {
+        "experts": {} if experts is None else _counts(experts),
+        "untie": [] if untie is None else _parts(untie),
+        "top_k": top_k,
+        "ungated": [] if ungated is None else [name.strip() for name in ungated.split(",")],
+        "split": split,
+        "steps": steps,
+    }
+    check_upcycle(folder, step, out, **wanted)
+    with waiting("loading torch", enabled=not as_json) as tell:
+        from checkpoints_tools import upcycle as upcycling
+
+        tell(f"writing {out}")
+        result = upcycling.upcycle(folder, step, out, **wanted, keep_moments=keep_moments, seed=seed)
     _emit(result, as_json=as_json)
 
 

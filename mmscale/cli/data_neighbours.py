@@ -10,6 +10,7 @@ import typer
 from mmscale.cli.data_weights import DataSet, Workers
 from mmscale.cli.output import Json, emit, pairs
 from mmscale.errors import UsageError
+from mmscale.runtime.waiting import waiting
 
 
 def retrieve(
@@ -69,8 +70,7 @@ def retrieve(
     """
     from mmscale.data.prepared.neighbours import remove_neighbours
     from mmscale.data.progress import Reporter
-    from mmscale.data.retrieval.retrieve import RetrievalRequest
-    from mmscale.data.retrieval.retrieve import retrieve as find_neighbours
+    from mmscale.data.retrieval.request import RetrievalRequest, check_request
 
     if remove:
         removed = {"folder": str(folder), "removed": remove_neighbours(folder)}
@@ -86,6 +86,9 @@ def retrieve(
         dimensions=dimensions,
         seed=seed,
     )
+    check_request(folder, request)
+    with waiting("loading torch", enabled=not as_json):
+        from mmscale.data.retrieval.retrieve import retrieve as find_neighbours
     result = find_neighbours(folder, request, workers=workers, reporter=Reporter(enabled=not as_json))
     emit(result, as_json=as_json, text=lambda: _found(result))
 

@@ -14,6 +14,7 @@ from mmscale.cli.data_weights import DataSet, Workers
 from mmscale.cli.named_files import split_step
 from mmscale.cli.output import Json, emit, pairs
 from mmscale.errors import UsageError
+from mmscale.runtime.waiting import waiting
 from mmscale.tables.routings import Routing
 from mmscale.tables.run_scores import RUN_SCORES
 
@@ -89,19 +90,23 @@ def _score_by_run(
     as_json: bool,
 ) -> dict[str, Any]:
     from mmscale.data.progress import Reporter
-    from mmscale.inference.score_documents import HEADS, score_by_run
+    from mmscale.inference.chosen_data import check_scored
 
     if heads is not None and not RUN_SCORES[kind].masks:
         raise UsageError(f"data score: --by {kind} masks no heads", remedy="leave --heads out, or use influence:RUN")
     if routing is not None and routing not in tuple(Routing):
         raise UsageError(f"--routing {routing!r} is not a routing", remedy=f"choose one of {', '.join(Routing)}")
     path, step = split_step(run)
+    chosen = Routing(routing or Routing.CAUSAL)
+    check_scored(folder, path, step, chosen, name or kind)
+    with waiting("loading torch and megatron-core", enabled=not as_json):
+        from mmscale.inference.score_documents import HEADS, score_by_run
     return score_by_run(
         folder,
         kind,
         path,
         step=step,
-        routing=Routing(routing or Routing.CAUSAL),
+        routing=chosen,
         heads=HEADS if heads is None else heads,
         name=name,
         reporter=Reporter(enabled=not as_json),

@@ -77,11 +77,15 @@ def evaluate(
     folder, step = split_step(run)
     if routing is not None and routing not in tuple(Routing):
         raise UsageError(f"--routing {routing!r} is not a routing", remedy=f"choose one of {', '.join(Routing)}")
+    from mmscale.data.prepared.questions import check_questions
+
     questions, others = _tasks(task or [])
     near = None if neighbours is None else given_neighbours(neighbours)
     check_set(data)
     if not ranks.is_shared(nproc):
         _check(folder, step, routing, data, near)
+        for file in questions.values():
+            check_questions(file)
     tasks = [Use("task", "--task", name, {}) for name in others if name not in EVAL_TASKS]
     own_tasks = [name for name in others if name in EVAL_TASKS]
     for use in tasks:

@@ -43,6 +43,26 @@ def check_model(folder: Path, step: int | None = None) -> None:
         Store.of_run(folder).choose(step)
 
 
+def check_checkpoint(path: Path, step: int | None, *, verified: bool = False) -> None:
+    """Refuse a name that is neither an archive nor a run with the checkpoint that a command reads.
+
+    Args:
+        path: a run's folder or an archive.
+        step: of the checkpoint; None: the newest.
+        verified: whether it must have a manifest, too.
+
+    Raises:
+        CheckpointError: there is no such checkpoint or archive, or its manifest shows damage.
+    """
+    from mmscale.checkpoint.layout import is_archive
+    from mmscale.checkpoint.named import find, open_store
+
+    if verified or not path.exists() or is_archive(path):
+        find(path, step)
+    else:  # of an early version, without a manifest
+        open_store(path).choose(step)
+
+
 def check_export(folder: Path) -> None:
     """Refuse a folder that holds no model of Hugging Face's format.
 

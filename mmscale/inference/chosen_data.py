@@ -9,9 +9,14 @@ from mmscale.checkpoint.layout import Store
 from mmscale.checkpoint.settings import config_of
 from mmscale.config import Config
 from mmscale.config.data.schema import MOST_NEIGHBOURS
-from mmscale.data.prepared.manifest import check_tokenizers, read_blend
+from mmscale.data.prepared.manifest import check_tokenizers, check_vocabulary, read_blend, read_manifest
 from mmscale.data.prepared.validation import read_validation
-from mmscale.errors import UsageError
+from mmscale.data.scoring.stored import check_names
+from mmscale.data.stream.checks import check_evaluated_neighbours
+from mmscale.data.vocab import Vocabulary
+from mmscale.errors import CheckpointError, UsageError
+from mmscale.inference.supported_routing import check_routing
+from mmscale.tables.routings import Routing
 
 Neighbours = int | Literal["random"]
 
@@ -49,14 +54,18 @@ def check_chosen(run: Path, step: int | None, data: Path | None, neighbours: Nei
 
     Raises:
         UsageError: the number of neighbours is out of range.
-        DataError: a data set is missing, damaged, or made with another vocabulary or other tokenizers.
+        DataError: a data set is missing, damaged, made with another vocabulary or other tokenizers, or its held-out
+            documents have no neighbours.
         CheckpointError: there is no such checkpoint.
     """
     store = Store.of_run(run)
     chosen = store.choose(step)
     info = store.info(chosen)
     config = with_neighbours(config_of(info, where=store.path(chosen), run=run), neighbours)
-    check_tokenizers_of(config if data is None else with_data(config, data), info.get("tokenizers") or {}, run, chosen)
+    config = config if data is None else with_data(config, data)
+    check_tokenizers_of(config, info.get("tokenizers") or {}, run, chosen)
+    for folder, manifest in read_blend(config).items():
+        check_evaluated_neighbours(config, folder, manifest)
 
 
 def check_tokenizers_of(config: Config, learned: dict[str, str], run: Path, step: int) -> None:
@@ -75,3 +84,31 @@ def check_tokenizers_of(config: Config, learned: dict[str, str], run: Path, step
     blend |= {one.folder: one.manifest for one in read_validation(config, blend)}
     for folder, manifest in blend.items():
         check_tokenizers(folder, manifest.tokenizers, learned, where=f"step {step} of {run}")
+
+
+def check_scored(folder: Path, run: Path, step: int | None, routing: Routing, name: str) -> None:
+    """Refuse scores of documents by a run that cannot be computed.
+
+    Args:
+        folder: the data set.
+        run: the run's folder.
+        step: the checkpoint; None: the newest.
+        routing: mode by which experts are assigned to tokens.
+        name: of the score.
+
+    Raises:
+        DataError: the data set is missing, damaged, or was made with other tokenizers.
+        UsageError: the checkpoint does not support that routing, or the name is invalid.
+        CheckpointError: there is no such checkpoint.
+    """
+    if not run.is_dir():
+        raise CheckpointError(f"there is no folder {run}", remedy="name a run folder: run.dir/run.name")
+    manifest = read_manifest(folder)
+    check_names(folder, [name, *(f"{name}_{modality}" for modality in manifest.modalities)])
+    store = Store.of_run(run)
+    chosen = store.choose(step)
+    info = store.info(chosen)
+    config = config_of(info, where=store.path(chosen), run=run)
+    check_vocabulary(folder, manifest, Vocabulary.from_config(config.vocab))
+    check_tokenizers(folder, manifest.tokenizers, info.get("tokenizers") or {}, where=f"step {chosen} of {run}")
+    check_routing(run, chosen, routing)

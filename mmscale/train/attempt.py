@@ -202,6 +202,7 @@ class Attempt:
             **(changes | self.evaluated_on.start_fields | stage.origin()),
         )
         if config.train.dry_run:
+            self.starting.update("computing a batch to find errors early (train.dry_run)")
             dry_run(config, self.stepper, self.groups, self.train_data)
         self.mirror.request_upload()
         self.starting.update("taking the first step")
@@ -243,11 +244,10 @@ class Attempt:
 
     def _record_end(self, *, finished: bool) -> None:
         self.mirror.wait(finished=finished)  # before the final event, because `status` shows the last one
-        # The last save and evaluation come after the last logged step.
+        # The last steps, the last save and the last evaluation may come after the last logged step.
         early = self.watch.early_end() if finished else {}
         event = "stop" if not finished else EARLY if early else "finish"
-        pauses = self.clock.pauses()
-        self.logs.add_event(event, step=self.state.step, signal=self.stop.agreed_name, **pauses, **early)
+        self.logs.add_event(event, step=self.state.step, signal=self.stop.agreed_name, **self.clock.unread(), **early)
 
     def _catch_up(self, measure: Callable[[StageServices], None]) -> None:
         """Run evaluations that the previous attempt missed; save again if the state is now the best or the last one."""

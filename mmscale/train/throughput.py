@@ -26,6 +26,7 @@ from mmscale.tables.gpus import bf16_peak
 # Part of a step's time. All other measured times (saving, evaluation) are pauses, which a step's time excludes.
 DATA_WAIT = "data_wait_s"
 SAVE_STALL = "save_stall_s"
+STEP_TIME = "step_time_s"
 
 
 def peak_tflops(device_name: str, dtype: str) -> float | None:
@@ -65,6 +66,7 @@ class Throughput:
         self._since = time.perf_counter()
         self._tokens = 0
         self._steps = 0
+        self._seconds = 0.0  # until the end of the last step, without pauses
         self._spent: dict[str, float] = {}
 
     @contextlib.contextmanager
@@ -84,10 +86,19 @@ class Throughput:
         """
         self._tokens += tokens
         self._steps += 1
+        self._seconds = time.perf_counter() - self._since - sum(self._pauses().values())
 
-    def pauses(self) -> dict[str, float]:
-        """Sums of the pauses since the last `read`, rounded to milliseconds."""
-        return {what: round(seconds, 3) for what, seconds in self._spent.items() if what != DATA_WAIT}
+    def unread(self) -> dict[str, float]:
+        """What the next `read` would tell of time, for the event of an end between two logged steps.
+
+        The sums of pauses, and `step_time_s` if there was a step, rounded to milliseconds. What came after the last
+        step, other than pauses, is not part of the step time.
+        """
+        mean = {STEP_TIME: self._seconds / self._steps} if self._steps else {}
+        return {what: round(seconds, 3) for what, seconds in (mean | self._pauses()).items()}
+
+    def _pauses(self) -> dict[str, float]:
+        return {what: seconds for what, seconds in self._spent.items() if what != DATA_WAIT}
 
     def read(self) -> dict[str, float]:
         """Means over the steps since the last call, keyed as in metrics.jsonl. Empty if there was no step.
@@ -95,13 +106,13 @@ class Throughput:
         `save_stall_s` and other pauses are sums and are not part of the step time: frequent saves do not change the
         tokens per second, but lower the goodput.
         """
-        pauses = {what: seconds for what, seconds in self._spent.items() if what != DATA_WAIT}
+        pauses = self._pauses()
         seconds = time.perf_counter() - self._since - sum(pauses.values())
         steps, tokens, waited = self._steps, self._tokens, self._spent.get(DATA_WAIT)
         self.restart()
         if steps == 0 or seconds <= 0.0:
             return pauses
-        values = {"step_time_s": seconds / steps, "tokens_per_second": tokens / seconds}
+        values = {STEP_TIME: seconds / steps, "tokens_per_second": tokens / seconds}
         if waited is not None:
             values[DATA_WAIT] = waited / steps
         if self.flops_per_token is not None:

@@ -6,8 +6,12 @@ import functools
 import re
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
+
+from mmscale.config import Config, keys
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -35,6 +39,31 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_code_blocks_are_closed(page: Path) -> None:
     """An open one turns the rest of the page inside out: text is shown as code, and code as text."""
     assert len(re.findall(r"^ *```", page.read_text(), flags=re.MULTILINE)) % 2 == 0
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_configurations_can_be_copied(page: Path) -> None:
+    """A block that begins with a section of the configuration is YAML, and all of its keys are settings."""
+    for block in re.findall(r"^```\w*\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL):
+        found = re.match(r"(\w+): *(#.*)?\n", block)
+        if found and found[1] in Config.model_fields:
+            for key in _keys(yaml.safe_load(block)):
+                assert _is_setting(key), (key, block)
+
+
+def _keys(settings: Any, place: str = "") -> list[str]:
+    """Dotted keys of the leaves."""
+    if not isinstance(settings, dict):
+        return [place]
+    return [key for name, value in settings.items() for key in _keys(value, f"{place}.{name}" if place else name)]
+
+
+def _is_setting(key: str) -> bool:
+    """Whether a key is a setting, or lies in a mapping of the user's own names."""
+    parts = key.split(".")
+    beginnings = [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
+    found = next((one for one in map(keys.find, beginnings) if one is not None), None)
+    return found is not None and (found.section is None or found.name == key)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

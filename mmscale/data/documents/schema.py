@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import functools
 import hashlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -24,6 +24,8 @@ TRAIN, VALIDATION = "train", "validation"
 # Keys of a record; `metadata` is for the user and is not read.
 KEYS = ("id", "content", "loss", "group", "split", "metadata")
 CONTENT_KEYS = ("content", *chat.CHATS)  # a record has one of them
+QUESTION_KEYS = ("choices", "answer")  # of questions, besides the keys of a document
+_IGNORED = " (data.prepare.ignore names keys that are not to be read)"
 CHAT_KEYS = (*chat.CHATS, *chat.IMAGES)  # further keys of chat records, instead of `content`
 SplitName = Literal["train", "validation"]
 
@@ -200,7 +202,11 @@ def parse_document(
             raise BadDocumentError(f"the record is a {type(record).__name__}, not an object")
         document_id = _parse_name(record, "id") or fallback_id
         key = chat.chat_key(record)
-        _check_keys(record, (*ignore, *(CHAT_KEYS if key else ())))
+        own = (*KEYS, *(CHAT_KEYS if key else ()), *ignore)
+        if question:
+            _check_keys(record, own, (*KEYS, *chat.CHATS, *QUESTION_KEYS))
+        else:
+            _check_keys(record, own, (*KEYS, *chat.CHATS), elsewhere=_IGNORED)
         answers: tuple[bool, ...] | None = None
         if key is None:
             content = tuple(_parse_items(record.get("content"), resolve))
@@ -221,14 +227,14 @@ def _parse_name(record: Mapping[str, Any], key: str) -> str | None:
     return clean(str(given), key)
 
 
-def _check_keys(record: Mapping[str, Any], ignore: Collection[str]) -> None:
-    """Refuse unknown keys, which are usually mistakes: `"task"`, `"splits"`."""
+def _check_keys(record: Mapping[str, Any], allowed: Collection[str], known: Sequence[str], elsewhere: str = "") -> None:
+    """Refuse unknown keys, which are usually mistakes: `"task"`, `"splits"`. `known`: those that the message names."""
     for key, value in record.items():
-        if key in KEYS or key in ignore or value is None:
+        if key in allowed or value is None:
             continue
-        near = difflib.get_close_matches(str(key), (*KEYS, *chat.CHATS), n=1)
-        meant = f"did you mean {near[0]!r}?" if near else f"known are {', '.join((*KEYS, *chat.CHATS))}"
-        raise BadDocumentError(f"unknown key {key!r}: {meant} (data.prepare.ignore names keys that are not to be read)")
+        near = difflib.get_close_matches(str(key), known, n=1)
+        meant = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+        raise BadDocumentError(f"unknown key {key!r}: {meant}{elsewhere}")
 
 
 def _parse_split(split: Any) -> SplitName | None:

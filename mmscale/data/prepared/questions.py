@@ -65,14 +65,20 @@ def read_questions(file: Path, encoder: DocumentEncoder) -> list[TaskItem]:
     Raises:
         DataError: the file is missing, a line is not a question, or two answers have the same ids.
     """
-    items = [_encoded(question, encoder) for question in _read(file)]
-    if not items:
-        raise DataError(f"task: {file} holds no questions", remedy=_FORMAT)
-    if len({len(item.choices) > 0 for item in items}) > 1:
-        raise DataError(
-            f"task: {file} mixes questions with choices and questions without", remedy="make two files of them"
-        )
-    return items
+    return [_encoded(question, encoder) for question in _read(file)]
+
+
+def check_questions(file: Path) -> None:
+    """Refuse a file of questions by its text and by the names of pictures in it, without tokenizers.
+
+    Args:
+        file: JSONL; image paths are relative to its folder.
+
+    Raises:
+        DataError: the file or a picture is missing, or a line is not a question.
+    """
+    for _ in _read(file):
+        pass
 
 
 def tokenizers_folder(config: Config) -> Path:
@@ -135,15 +141,24 @@ def _whole(item: TaskItem) -> Iterator[tuple[int, ...]]:
 
 def _read(file: Path) -> Iterator[_Question]:
     resolve = folder_resolver(file.parent)
+    kinds: set[bool] = set()  # whether questions have choices
     try:
         with file.open("rb") as stream:
             number = 0
             while line := stream.readline(_MOST_LINE):
                 number += 1
                 if line.strip():
-                    yield _parsed(line, where=f"{file}:{number}", resolve=resolve)
+                    question = _parsed(line, where=f"{file}:{number}", resolve=resolve)
+                    kinds.add(len(question.answers) > 1)
+                    yield question
     except OSError as error:
         raise DataError(f"task: {file} cannot be read: {error.strerror}", remedy="correct the path") from error
+    if not kinds:
+        raise DataError(f"task: {file} holds no questions", remedy=_FORMAT)
+    if len(kinds) > 1:
+        raise DataError(
+            f"task: {file} mixes questions with choices and questions without", remedy="make two files of them"
+        )
 
 
 def _parsed(line: bytes, *, where: str, resolve: Any) -> _Question:

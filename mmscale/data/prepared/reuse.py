@@ -19,7 +19,7 @@ from mmscale.data.modalities import image_kinds, image_tokens, text_tokens
 from mmscale.data.modalities.fit import LOAD
 from mmscale.data.modalities.image_settings import SETTINGS
 from mmscale.data.modalities.table import MODALITIES, folder_of, load_codec
-from mmscale.data.prepared.manifest import NO_TOKENIZER, Manifest, read_manifest
+from mmscale.data.prepared.manifest import MANIFEST, NO_TOKENIZER, Manifest, read_manifest
 from mmscale.data.vocab import IMAGE, Vocabulary
 from mmscale.errors import DataError
 
@@ -113,7 +113,7 @@ def check_companions(config: Config, settings: PrepareConfig, out: Path, *, over
     """Compare the tokenizers that `out` will have with those of the data sets that it is going to be mixed with.
 
     Args:
-        config: names the blend and the validation sets.
+        config: names the blend and the validation sets; if it names none, the data sets beside `out` are compared.
         settings: how `out` is prepared.
         out: folder of the new data set.
         overwrite: a data set of other documents in `out` is deleted, with its tokenizers.
@@ -129,7 +129,8 @@ def check_companions(config: Config, settings: PrepareConfig, out: Path, *, over
         Path(one) for one in config.data.validation.values()
     ]
     mixed = any(one.resolve() == out.resolve() for one in named)
-    for folder in named:
+    reused = settings.text.load or settings.image.path
+    for folder in named or ([] if reused else _beside(out)):
         if folder.resolve() == out.resolve():
             continue
         try:
@@ -151,6 +152,11 @@ def check_companions(config: Config, settings: PrepareConfig, out: Path, *, over
             remedy=f"reuse the tokenizers of {folder}: add `{shlex.join([*like, *again])}` to this command",
         )
     return []
+
+
+def _beside(out: Path) -> list[Path]:
+    """Prepared data sets in the same folder."""
+    return sorted(file.parent for file in out.parent.glob(f"*/{MANIFEST}"))
 
 
 def _differs(config: Config, settings: PrepareConfig, out: Path | None, manifest: Manifest) -> str:

@@ -10,12 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mmscale.data.arrays import read_array
 from mmscale.data.dedup.apply import LAYER, SCRATCH
 from mmscale.data.dedup.find import clusters_of, own_folder
 from mmscale.data.dedup.pairs import DuplicateRule
 from mmscale.data.dedup.work import plan_work
-from mmscale.data.digests import digest_of
 from mmscale.data.prepared.identity import identity_of
 from mmscale.data.prepared.manifest import HELD_OUT, TRAIN, Manifest, has_documents, read_manifest
 from mmscale.data.prepared.neighbours import NO_NEIGHBOUR, write_neighbours
@@ -23,41 +21,8 @@ from mmscale.data.prepared.selection import SelectionFile, read_selection
 from mmscale.data.progress import Reporter
 from mmscale.data.retrieval.embed import Embeddings, TokenEmbedding, count_tokens, normalised
 from mmscale.data.retrieval.nearest import Bank, Queries, nearest
+from mmscale.data.retrieval.request import RetrievalRequest, check_request, read_embeddings
 from mmscale.data.stream.source import Source
-from mmscale.errors import DataError, UsageError
-
-MOST_SIMILAR = 0.9
-
-
-@dataclass(frozen=True, kw_only=True)
-class RetrievalRequest:
-    """What to look for.
-
-    Attributes:
-        columns: neighbours of each document.
-        most_similar: largest cosine similarity of a neighbour.
-        embeddings: .npy file of the training documents' embeddings; None: they are computed from token ids.
-        held_out_embeddings: the same for the held-out documents; None: they get no neighbours if `embeddings` is given.
-        dropout: share of a query's tokens that its embedding ignores, if it is computed.
-        dimensions: of the computed embedding of a modality.
-        seed: of dropout and SVD.
-    """
-
-    columns: int = 8
-    most_similar: float = MOST_SIMILAR
-    embeddings: Path | None = None
-    held_out_embeddings: Path | None = None
-    dropout: float = 0.2
-    dimensions: int = 64
-    seed: int = 0
-
-    def described(self) -> dict[str, Any]:
-        """The settings that were used, plain JSON."""
-        common: dict[str, Any] = {"columns": self.columns, "most_similar": self.most_similar}
-        if self.embeddings is None:
-            return common | {"dropout": self.dropout, "dimensions": self.dimensions, "seed": self.seed}
-        files = {"embeddings": self.embeddings, "held_out_embeddings": self.held_out_embeddings}
-        return common | {key: f"{file}, {digest_of(file)}" for key, file in files.items() if file is not None}
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,11 +52,7 @@ def retrieve(folder: Path, request: RetrievalRequest, *, workers: int, reporter:
         DataError: the data set or a file of embeddings is missing or damaged.
         UsageError: embeddings are given for held-out documents only.
     """
-    if request.held_out_embeddings is not None and request.embeddings is None:
-        raise UsageError(
-            "data retrieve: --held-out-embeddings needs --embeddings",
-            remedy="give embeddings of the training documents too",
-        )
+    check_request(folder, request)
     manifest = read_manifest(folder)
     of = identity_of(folder, manifest)
     selection = read_selection(folder, of=of)
@@ -133,31 +94,11 @@ def _given(request: RetrievalRequest, sources: Mapping[str, Source]) -> dict[str
     """The user's embeddings."""
     files = {TRAIN: request.embeddings, HELD_OUT: request.held_out_embeddings}
     found = {
-        split: _read(file, len(sources[split]), split)
+        split: normalised(read_embeddings(file, len(sources[split]), split).astype(np.float32))
         for split, file in files.items()
         if file is not None and split in sources
     }
-    for split, rows in found.items():
-        if rows.shape[1] != found[TRAIN].shape[1]:
-            raise DataError(
-                f"data: {files[split]} has {rows.shape[1]} columns, {files[TRAIN]} {found[TRAIN].shape[1]}",
-                remedy="make both with the same model",
-            )
     return {split: _Embedded(rows, rows) for split, rows in found.items()}
-
-
-def _read(file: Path, documents: int, split: str) -> Embeddings:
-    try:
-        found = read_array(file)
-    except (OSError, ValueError) as error:
-        raise DataError(f"data: {file} cannot be read: {error}", remedy="give a .npy file of numbers") from error
-    if found.ndim != 2 or len(found) != documents or not np.isfinite(found).all():
-        raise DataError(
-            f"data: {file} has the shape {found.shape}, or entries that are no numbers; the split {split!r} has "
-            f"{documents} documents",
-            remedy="give one row for each document, in the order of the data set",
-        )
-    return normalised(found.astype(np.float32))
 
 
 def _clusters(

@@ -53,16 +53,25 @@ def check_data(config: Config) -> dict[Path, Manifest]:
             "data to evaluate on (data.validation)",
         )
     for folder, manifest in [*blend.items(), *((one.folder, one.manifest) for one in sets)]:
-        _check_neighbours(config, folder, manifest, trained=folder in blend)
+        if folder in blend:
+            retrieval_of(config, folder, manifest)
+        check_evaluated_neighbours(config, folder, manifest)
     _check_watched(config, blend)
     named_tasks(config, blend)
     return blend
 
 
-def _check_neighbours(config: Config, folder: Path, manifest: Manifest, *, trained: bool) -> None:
-    """Refuse data without the neighbours that training or evaluations read."""
-    if trained:
-        retrieval_of(config, folder, manifest)
+def check_evaluated_neighbours(config: Config, folder: Path, manifest: Manifest) -> None:
+    """Refuse data without the neighbours that evaluations read.
+
+    Args:
+        config: of the run or of the evaluation.
+        folder: a data set.
+        manifest: its manifest.
+
+    Raises:
+        DataError: the held-out documents have none, or they are damaged or were made for other documents.
+    """
     wanted = config.data.retrieval.evaluation
     if isinstance(wanted, int) and wanted and has_documents({folder: manifest}, HELD_OUT):
         table_of(folder, HELD_OUT, of=identity_of(folder, manifest))

@@ -156,6 +156,14 @@ def test_lost_is_what_lies_behind_the_committed_save(
     assert (times["save_stall"], times["evaluation"], times["other"]) == ((2, 4, 3) if end else (0, 0, 0))
 
 
+@pytest.mark.parametrize(("recorded", "counted"), [({"step_time_s": 40.0}, 90.0), ({}, 30.0)])
+def test_steps_after_the_last_logged_one_count_with_their_own_time(recorded: dict[str, float], counted: float) -> None:
+    """Step 1 took 10 s; the machine was busy in steps 2 and 3, 40 s each. Older versions did not record their time."""
+    events = [event(0, 1, "start", step=0), event(100, 1, "stop", step=3, **recorded)]
+    _, times = goodput(events, steps(1, 1, 1, 10.0), now=100)
+    assert (times["steps"], times["other"]) == (counted, 100 - counted)
+
+
 @pytest.mark.parametrize("end", ["finish", "stop"])
 def test_a_run_that_nobody_launched_is_over_with_its_last_event(end: str) -> None:
     events = [event(0, 1, "launch"), event(0, 1, "start", step=0), event(20, 1, end, step=20)]

@@ -116,6 +116,19 @@ def test_a_set_outside_the_blend_gets_a_note(
     assert f"add --like {blend['one']}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("more", "noted"), [([], True), (["--like"], False)], ids=["own tokenizers", "--like"])
+def test_a_set_beside_another_gets_a_note_without_a_configuration(
+    tmp_path: Path, blend: dict[str, Any], capsys: pytest.CaptureFixture[str], more: list[str], noted: bool
+) -> None:
+    """`data prepare --documents FILE` names the data sets of no run; the note comes before anything is fitted."""
+    capsys.readouterr()
+    alone = spec(tmp_path, "d", tmp_path / "in2/docs.jsonl")
+    like = [*more, *[str(blend["one"])] * len(more)]
+    assert main(["data", "prepare", alone, "--out", str(blend["one"].with_name("three")), *like]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert (f"add --like {blend['one']}" in lines[0]) == noted, lines
+
+
 def test_another_vocabulary_is_refused(
     tmp_path: Path, blend: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:

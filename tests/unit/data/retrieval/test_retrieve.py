@@ -19,7 +19,8 @@ from mmscale.data.prepared.prepare import prepare
 from mmscale.data.progress import Reporter
 from mmscale.data.retrieval.embed import TokenEmbedding, count_tokens, normalised
 from mmscale.data.retrieval.nearest import Bank, Queries, nearest
-from mmscale.data.retrieval.retrieve import RetrievalRequest, retrieve
+from mmscale.data.retrieval.request import RetrievalRequest
+from mmscale.data.retrieval.retrieve import retrieve
 from mmscale.data.stream.source import Source
 from mmscale.errors import DataError, UsageError
 from tests.unit.data.samples import config, image, save_picture, text, write_jsonl

@@ -211,6 +211,24 @@ def test_throughput_leaves_out_what_it_does_not_know(monkeypatch: pytest.MonkeyP
     assert meter.read() == {"save_stall_s": 2.0}
 
 
+def test_throughput_of_an_end_between_logged_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two steps of 4 s and 2 s, a save within, and waiting after them, which belongs to no step."""
+    clock = Clock()
+    replace_time(monkeypatch, throughput, perf_counter=clock)
+    meter = Throughput()
+    assert meter.unread() == {}
+    clock.time += 4.0
+    meter.step(10)
+    with meter.measure("save_stall_s"):
+        clock.time += 5.0
+    clock.time += 2.0
+    meter.step(10)
+    with meter.measure("save_stall_s"):
+        clock.time += 1.0
+    clock.time += 30.0
+    assert meter.unread() == {"step_time_s": 3.0, "save_stall_s": 6.0}
+
+
 def test_throughput_counts_a_pause_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
     replace_time(monkeypatch, throughput, perf_counter=clock)

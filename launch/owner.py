@@ -16,7 +16,7 @@ from launch import record as records
 from launch.job_table import JobTable
 from mmscale.errors import LaunchError, shell_command
 from mmscale.resilience import lease, run_lock
-from mmscale.runs.events import BEGINS, read_events
+from mmscale.runs.events import BEGINS, ORDERLY_ENDS, read_events
 
 
 def refuse_busy(run: Path, *, job: str | None = None) -> frozenset[str]:
@@ -86,6 +86,15 @@ def is_held(run: Path, held: lease.Lease) -> bool:
 def has_begun(events: Sequence[dict[str, Any]], held: lease.Lease) -> bool:
     """Whether the attempt of a run's owner has begun to train, by the run's events."""
     return any(event["event"] in BEGINS and event.get("attempt") == held.attempt for event in events)
+
+
+def job_is_starting(events: Sequence[dict[str, Any]], job: str) -> bool:
+    """Whether a running job checks its nodes or its ranks load, by the run's events: its last attempt has not begun."""
+    launched = [event for event in events if event["event"] == "launch" and str(event.get("job")) == job]
+    if not launched:
+        return True
+    of_last = {event["event"] for event in events if event.get("attempt") == launched[-1].get("attempt")}
+    return not of_last & {*BEGINS, *ORDERLY_ENDS, "ranks_ended", "gave_up"}
 
 
 def starting(run: Path) -> lease.Lease | None:

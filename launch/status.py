@@ -292,6 +292,8 @@ def _state(run: Path, events: list[dict[str, Any]], jobs: _Jobs) -> dict[str, An
             now = shown.state
             hint = events[-1].get("why", "") if events and events[-1]["event"] == "not_begun" else ""
             reason = ", ".join(filter(None, (now.reason or hint, _expected(now))))
+            if not reason and now.phase is Phase.RUNNING and owner.job_is_starting(events, shown.key.id):
+                reason = STARTING
             return found | {"state": now.state, "reason": reason, "nodes": now.nodes, "ended": False}
         if shown.elsewhere and not _over(run, events):
             return found | {"reason": shown.note, "ended": False}

@@ -256,6 +256,33 @@ def test_a_chain_is_shown_and_stopped_as_a_whole(slurm: FakeSlurm, tmp_path: Pat
     assert asked == {"001": False, "002": True, "003": True, "004": True}
 
 
+LAUNCH = ("launch", {"job": "7"})
+
+
+@pytest.mark.parametrize(
+    ("events", "reason"),
+    [
+        ([], status.STARTING),  # it checks its nodes
+        ([LAUNCH], status.STARTING),
+        ([LAUNCH, ("start", {"step": 0})], ""),
+        (
+            [LAUNCH, ("start", {"step": 0}), ("ranks_ended", {}), ("launch", {"job": "7", "attempt": 2})],
+            status.STARTING,
+        ),
+        ([LAUNCH, ("start", {"step": 0}), ("finish", {"step": 300}), ("ranks_ended", {})], ""),
+        ([LAUNCH, ("ranks_ended", {})], ""),
+    ],
+    ids=["no ranks yet", "ranks load", "trains", "restarted", "about to end", "crashed at its start"],
+)
+def test_a_job_whose_ranks_load_is_starting(
+    slurm: FakeSlurm, tmp_path: Path, events: list[tuple[str, dict[str, Any]]], reason: str
+) -> None:
+    run = launched(tmp_path / "run", records.JobKey("7"))
+    happened(run, *events)
+    slurm.jobs(**{"7": JobState("7", "RUNNING")})
+    assert (shown(run)["state"], shown(run)["reason"]) == ("RUNNING", reason)
+
+
 def test_a_waiting_job_says_why_and_when_it_is_expected(slurm: FakeSlurm, tmp_path: Path) -> None:
     run = launched(tmp_path / "run", records.JobKey("7"))
     slurm.jobs(**{"7": JobState("7", "PENDING", reason="Resources", start=TUESDAY)})

@@ -186,11 +186,11 @@ class Attempt:
         self.watch.resume(changed or [])
         if self.watch.is_over():
             return self._done()
-        self._announce(changed or [])
+        moved = self._seek()
+        self._announce([*(changed or []), *moved])
         if said := training_lock.stop_hint(self.fence.lease_id, self.folder):
             self.progress.say(said)
         self.logs.begin(self.given.config, self.folder, attempt=self.number)
-        self._seek()
         changes = {} if changed is None else {"changed": changed[:MOST_CHANGES]}
         self.logs.add_event(
             BEGINS[changed is not None],
@@ -264,8 +264,8 @@ class Attempt:
         """Whether this attempt resumed from memory and has not saved since."""
         return from_first(max(self.checkpoints.store.steps(), default=0)) < self.state.step
 
-    def _seek(self) -> None:
-        """Move the data stream to the first unread document, and report changes of the order of the data."""
+    def _seek(self) -> tuple[str, ...]:
+        """Move the data stream to the first unread document; returns lines about changes of the order of the data."""
         place = find_place(
             self.config,
             self.train_data,
@@ -277,8 +277,7 @@ class Attempt:
             settings_of=self.entry.settings,
         )
         self.train_data, self.state.stream = place.mixture, place.segments
-        for line in place.lines:
-            self.progress.say(f"changed since the checkpoint: {line}")
+        return tuple(place.lines)
 
     def _announce(self, changed: list[str]) -> None:
         lines = opening_lines(

@@ -34,7 +34,7 @@ def opening_lines(
         stage: its parts.
         attempt: its number.
         begins_at: sequences consumed before the stage's first step.
-        train_data: the training data.
+        train_data: the training data, from the stage's position on.
         evaluated_on: validation sets and tasks.
         extents: which part of a held-out set is read, by its name.
         faults: faults that a test injects.
@@ -45,8 +45,8 @@ def opening_lines(
     yield from stage.announce(attempt=attempt)
     left = max(0, config.train.steps - stage.state.step) * config.train.global_batch_size
     # Earlier steps of the stage may have had batches of another size.
-    sequences = stage.state.sequences - begins_at + left
-    yield exposure(config, train_data, sequences=sequences, parameters=parameters)
+    sequences = stage.state.sequences + left
+    yield exposure(config, train_data, sequences=sequences, begins_at=begins_at, parameters=parameters)
     yield from evaluated_on.lines
     yield from partly_read(extents, batches=config.train.eval_batches)
     yield from faults.warnings()

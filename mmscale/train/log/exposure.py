@@ -16,20 +16,26 @@ from mmscale.train.log.progress_lines import count
 _PARTS = 16  # of the steps of an attempt, between which passes are read off a straight line
 
 
-def exposure(config: Config, data: Mixture, *, sequences: int, parameters: Mapping[str, Any]) -> str:
+def exposure(
+    config: Config, data: Mixture, *, sequences: int, parameters: Mapping[str, Any], begins_at: int = 0
+) -> str:
     """`600 steps = 5.4 passes over data/icons; 2.1M tokens, 12 per parameter (31 per active one)`.
 
     Args:
         config: of the stage.
-        data: its training stream.
-        sequences: that all steps of the stage read.
+        data: its stream from its position on, so that steps before a change of the data count as they were.
+        sequences: that will have been consumed after its last step.
         parameters: `total` and `active`, as in `mmscale.plan.plan`.
+        begins_at: sequences that were consumed before its first step.
     """
     steps = config.train.steps
+    done = _passes(data, sequences)
+    # Of a later stage whose own data have changed only what follows the change is known.
+    before = _passes(data, max(begins_at, data.start)) if begins_at else [0.0] * len(done)
     read = [
-        (source.folder, passes, _tokens(source))
-        for source, passes in zip(data.sources, data.passes(sequences), strict=True)
-        if passes > 0
+        (source.folder, after - already, _tokens(source))
+        for source, after, already in zip(data.sources, done, before, strict=True)
+        if after > already
     ]
     shown = ", ".join(f"{_rounded(passes)} passes over {folder}" for folder, passes, _ in read)
     tokens = sum(passes * size for _, passes, size in read)

@@ -31,7 +31,7 @@ from mmscale.data.stream.segments import Place, resume_stream
 from mmscale.data.vocab import Vocabulary
 from mmscale.errors import DataError
 from mmscale.tables.settings import DATA_ORDERS
-from mmscale.train.log.exposure import planned_sources
+from mmscale.train.log.exposure import exposure, planned_sources
 from tests.unit.data.corpora import corpus, prepare
 
 SIZES = {"a": 90, "b": 40, "c": 17}
@@ -326,6 +326,12 @@ def test_the_start_event_has_the_passes_of_the_whole_run(folders: Path) -> None:
     assert [Path(one["path"]).name for one in found] == list(NAMES)
     assert [one["max_epochs"] for one in found] == [None, None, 4]
     assert found[0]["passes"][0][0] == 20 and found[0]["passes"][-1][0] == 40
+    said = exposure(made, place.mixture, sequences=run.consumed + 20 * BATCH, parameters={})
+    for one in found:  # the start line and the event say the same
+        assert f"{one['passes'][-1][1]:.2g} passes over {one['path']}" in said
+    later = exposure(made, place.mixture, sequences=run.consumed + 20 * BATCH, parameters={}, begins_at=run.consumed)
+    only = one["passes"][-1][1] - one["passes"][0][1]  # of a stage that begins here
+    assert f"{only:.2g} passes over {one['path']}" in later
     for source, one in enumerate(found):
         assert one["passes"][0][1] == pytest.approx(np.mean(run.times(source)), abs=0.35)
     run.read(made, 20)

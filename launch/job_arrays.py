@@ -21,16 +21,25 @@ from launch.profile import Profile
 from mmscale.errors import LaunchError
 
 
-def check(profile: Profile) -> None:
+def check(profile: Profile, *, gpus: int = 0) -> None:
     """Refuse job arrays if none can be submitted.
 
+    Args:
+        profile: of the cluster.
+        gpus: of each task.
+
     Raises:
-        LaunchError: there is no SLURM, or the profile is local.
+        LaunchError: there is no SLURM, the profile is local, or its nodes have fewer GPUs.
     """
     if profile.scheduler != "slurm" or shutil.which("sbatch") is None:
         raise LaunchError(
             "a job array needs SLURM: there is no sbatch on this machine, or the profile is local",
             remedy="use a login node, or leave --cluster out",
+        )
+    if gpus > profile.gpus_per_node:
+        raise LaunchError(
+            f"each task asks for {gpus} GPUs, and the profile's nodes have {profile.gpus_per_node} (gpus_per_node)",
+            remedy="correct the profile, or ask for fewer --gpus",
         )
 
 
@@ -44,7 +53,9 @@ def unfinished(jobs: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def submit(stages: Sequence[Sequence[Callable[[], Any]]], *, folder: Path, name: str, profile: Profile) -> list[str]:
+def submit(
+    stages: Sequence[Sequence[Callable[[], Any]]], *, folder: Path, name: str, profile: Profile, gpus: int = 0
+) -> list[str]:
     """Submit functions: those of a stage as tasks of an array, which starts when the stage before has ended.
 
     A stage starts in whatever way the tasks before it ended. SLURM requeues a task whose node fails. The last function
@@ -55,6 +66,7 @@ def submit(stages: Sequence[Sequence[Callable[[], Any]]], *, folder: Path, name:
         folder: for submitit's files and the jobs' logs, on a file system that the nodes share.
         name: of the jobs.
         profile: of the cluster.
+        gpus: of each task.
 
     Returns:
         Numbers of the tasks' jobs, in their order.
@@ -62,13 +74,13 @@ def submit(stages: Sequence[Sequence[Callable[[], Any]]], *, folder: Path, name:
     Raises:
         LaunchError: there is no SLURM, or it refuses; jobs that it took before are cancelled.
     """
-    check(profile)
+    check(profile, gpus=gpus)
     found: list[str] = []
     behind: str | None = None
     with job_environment.shared(profile):
         for stage in stages:
             try:
-                array = batch_script.submit(_executor(folder, name, profile, behind), stage, profile)
+                array = batch_script.submit(_executor(folder, name, profile, behind, gpus), stage, profile)
             except LaunchError:
                 for number in found:
                     scheduler.cancel(number)
@@ -79,7 +91,7 @@ def submit(stages: Sequence[Sequence[Callable[[], Any]]], *, folder: Path, name:
     return found
 
 
-def _executor(folder: Path, name: str, profile: Profile, dependency: str | None) -> SlurmExecutor:
+def _executor(folder: Path, name: str, profile: Profile, dependency: str | None, gpus: int) -> SlurmExecutor:
     chosen = batch_script.Executor(folder=folder, python=f"exec {shlex.quote(sys.executable)}")
     setup = [*profile.setup]
     for variable, given in profile.environment.items():
@@ -89,6 +101,7 @@ def _executor(folder: Path, name: str, profile: Profile, dependency: str | None)
         "nodes": 1,
         "ntasks_per_node": 1,
         "cpus_per_task": profile.cpus_per_task,
+        "gpus_per_node": gpus or None,
         "time": profile.time or scheduler.partition_limit(profile.partition),
         "partition": profile.partition,
         "account": profile.account,

@@ -77,6 +77,15 @@ def prepare(
             "tokenizers.",
         ),
     ] = None,
+    gpus: Annotated[
+        int,
+        typer.Option(
+            "--gpus",
+            metavar="N",
+            min=0,
+            help="GPUs of this machine, or of each task of --cluster, that compute an image tokenizer of kind vq.",
+        ),
+    ] = 0,
     as_json: Json = False,
 ) -> None:
     """Tokenize text and images into an indexed data set, in parallel. Run it again to resume."""
@@ -87,9 +96,10 @@ def prepare(
     config = _spec(spec, changes, documents or [], like)
     from mmscale.data.prepared import inspect_set
     from mmscale.data.prepared import prepare as preparing
+    from mmscale.data.prepared.gpus import check_gpus
     from mmscale.data.process_pool import run_stages
 
-    given: dict[str, Any] = {"strict": strict or None, "workers": workers, "progress": not as_json}
+    given: dict[str, Any] = {"strict": strict or None, "workers": workers, "gpus": gpus, "progress": not as_json}
     if cluster is not None and tasks is None:
         raise UsageError(
             "data prepare: --cluster needs --tasks", remedy="say how many tasks share the parts: --tasks N"
@@ -99,6 +109,7 @@ def prepare(
         emit(submitted, as_json=as_json, text=lambda: pairs(submitted.items()))
         return
     if tasks is not None:
+        check_gpus(config, gpus, here=True)
         given["workers"] = workers or 1
         run_stages([preparing.plan_shares(config, out, number=tasks, overwrite=overwrite, **given)], tasks=tasks)
         overwrite = False
@@ -117,7 +128,7 @@ def _submit(
     from mmscale.data.prepared import prepare as preparing
 
     profile = load_profile(cluster, {})
-    job_arrays.check(profile)
+    job_arrays.check(profile, gpus=given["gpus"])
     before = shares.read_plan(out)
     if before is not None and (going := job_arrays.unfinished(before.jobs)):
         raise DataError(
@@ -125,15 +136,18 @@ def _submit(
             remedy=f"wait for them ({shell_command('status', out)}), or cancel them first: scancel {' '.join(going)}",
         )
     found = preparing.plan_shares(config, out, number=number, overwrite=overwrite, **given)
-    finish = functools.partial(preparing.finish, config, out, strict=given["strict"], workers=given["workers"])
+    kept = {key: given[key] for key in ("strict", "workers", "gpus")}
+    finish = functools.partial(preparing.finish, config, out, **kept)
     if not found:
-        finish()
+        preparing.finish(config, out, **(kept | {"gpus": 0}))
         return {"folder": str(out), "state": "prepared"}
     name = f"mmscale-prepare-{out.name}"
     planned = shares.read_plan(out)
     assert planned is not None, "plan_shares has written it"
     try:
-        jobs = job_arrays.submit([found, [finish]], folder=out / folder.JOBS, name=name, profile=profile)
+        jobs = job_arrays.submit(
+            [found, [finish]], folder=out / folder.JOBS, name=name, profile=profile, gpus=given["gpus"]
+        )
     except LaunchError as error:
         shares.SharedPlan(planned.parts, refused=error.cause).write(out)
         raise

@@ -54,6 +54,28 @@ def current_device(local_rank: int = 0) -> torch.device:
     return torch.device("cuda", index)
 
 
+def count() -> int:
+    """Number of CUDA devices that this process can use."""
+    return torch.cuda.device_count() if has_cuda() else 0
+
+
+def numbered(number: int) -> torch.device:
+    """The CUDA device of one of several independent processes, for work outside of training.
+
+    Args:
+        number: of the process; processes beyond the number of devices share them.
+
+    Raises:
+        ConfigError: this machine has no CUDA device.
+    """
+    if not has_cuda():
+        raise ConfigError(
+            f"a GPU was asked for, and torch sees none on {platform.node()}",
+            remedy="`mmscale doctor` says why; or leave --gpus out",
+        )
+    return torch.device("cuda", number % torch.cuda.device_count())
+
+
 def _one_device_each() -> bool:
     """Whether the launcher gave each rank its own view of the devices (SLURM names the number per task)."""
     return "SLURM_GPUS_PER_TASK" in os.environ or "SLURM_TRES_PER_TASK" in os.environ

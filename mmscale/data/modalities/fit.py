@@ -173,9 +173,10 @@ def _made(name: str, items: Sample, codes: int, report: Report) -> Codec | None:
 def _measure(codec: Codec, items: Sample) -> dict[str, Any]:
     """Quality on held-out items, or on training items if none is held out."""
     splits: tuple[SplitName, ...] = ("validation", "train")
+    most = getattr(codec, "measured_items", _MEASURED_ITEMS)
     for split in splits:
         found = []
-        for item in itertools.islice(items.items(split, _MEASURED_ITEMS), _MEASURED_ITEMS):
+        for item in itertools.islice(items.items(split, most), most):
             try:
                 found.append(read_item(item, codec))
             except BadDocumentError:

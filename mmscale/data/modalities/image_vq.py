@@ -1,6 +1,6 @@
 """Image tokenizer around a VQ-VAE of transformers (Chameleon, Janus, Emu3), read from a local folder.
 
-It runs on the CPU and never downloads anything. It does not train a VQ-VAE.
+It runs on the CPU, or on a GPU after `use_device`, and never downloads anything. It does not train a VQ-VAE.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from mmscale import bounded
 from mmscale.data.modalities.image_settings import Fitting, write_settings
 from mmscale.data.modalities.patches import Codes, Pixels
 from mmscale.errors import DataError
+from mmscale.runtime import device, stopwatch
 from mmscale.runtime.file_modes import apply_umask
 
 # Maps model_type of config.json to a class of transformers.
@@ -29,7 +30,10 @@ _CLASSES = {"chameleon_vqgan": "ChameleonVQVAE", "janus_vqgan": "JanusVQVAE", "e
 # Complete models, of which only this part is read.
 _WHOLE = {"janus": "JanusVQVAE", "emu3": "Emu3VQVAE"}
 _PART = {r"^(model\.)?vqmodel\.": ""}
-_BATCH = 8  # images of a forward pass; fixed, so that codes do not depend on how documents are divided into parts
+# Images of a forward pass; fixed, so that codes do not depend on how documents are divided into parts.
+_BATCH = 8
+# On a GPU: of 512 x 512 pixels (2 GB for each activation of Chameleon's first layers), and at most.
+_GPU_BATCH, _MOST_GPU_BATCH = 16, 64
 _MODEL = "model"
 
 
@@ -48,6 +52,7 @@ class VQTokenizer:
     """
 
     kind = "vq"
+    measured_items = 64  # for the reported quality: a CPU takes seconds for each
 
     def __init__(
         self, model: Any, *, size: int, mean: list[float], std: list[float], fitting: Fitting | None = None
@@ -72,6 +77,28 @@ class VQTokenizer:
         self.vocab_size = int(getattr(config, "num_embeddings", None) or config.codebook_size)
         self._mean, self._std = mean, std
         self._digest = ""
+        self._device, self._batch = torch.device("cpu"), _BATCH
+
+    def use_device(self, number: int) -> None:
+        """Compute on a CUDA device from now on, in larger batches.
+
+        Products stay in fp32 (no TF32) and kernels deterministic, so that codes are those of the CPU except where two
+        entries of the codebook are equally near up to rounding.
+
+        Args:
+            number: of this process among those that share the devices of the machine.
+
+        Raises:
+            ConfigError: there is no device.
+        """
+        where = device.numbered(number)
+        stopwatch.full_precision()
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+        self._place(where, batch=gpu_batch(self.size))
+
+    def _place(self, where: torch.device, *, batch: int) -> None:
+        self._device, self._batch = where, batch
+        self.model = self.model.to(where)
 
     @classmethod
     def from_pretrained(cls, path: Path, *, size: int, channels: int, fitting: Fitting | None = None) -> VQTokenizer:
@@ -134,23 +161,27 @@ class VQTokenizer:
     @torch.inference_mode()
     def encode(self, images_nHWC: Pixels) -> Codes:
         """Images uint8 [n, H, W, C] to codes int64 [n, T]."""
-        pieces = [self._encode(images_nHWC[start : start + _BATCH]) for start in range(0, len(images_nHWC), _BATCH)]
+        starts = range(0, len(images_nHWC), self._batch)
+        pieces = [self._encode(images_nHWC[start : start + self._batch]) for start in starts]
         return np.concatenate(pieces) if pieces else np.zeros((0, self.tokens_per_item), np.int64)
 
     def _encode(self, images_nHWC: Pixels) -> Codes:
         n = len(images_nHWC)
         # Convolutions may sum in another order for another batch size. The batch is padded, so that an image's codes do
         # not depend on the other images.
-        filled = np.zeros((_BATCH, *images_nHWC.shape[1:]), np.uint8)
+        filled = np.zeros((self._batch, *images_nHWC.shape[1:]), np.uint8)
         filled[:n] = images_nHWC
-        pixels = torch.from_numpy(filled).permute(0, 3, 1, 2).float() / 255
+        codes = self._codes(torch.from_numpy(filled).to(self._device))
+        return codes.reshape(self._batch, -1)[:n].cpu().numpy().astype(np.int64)
+
+    def _codes(self, images_nHWC: Tensor) -> Tensor:
+        """A batch of images uint8 to codes, on the device."""
+        pixels = images_nHWC.permute(0, 3, 1, 2).float() / 255
         pixels = (pixels - self._column(self._mean)) / self._column(self._std)
         if type(self.model).__name__ == "Emu3VQVAE":
-            sizes = torch.tensor([[self.size, self.size]] * _BATCH)
-            codes = torch.stack(list(self.model.encode(pixels, sizes).image_tokens))
-        else:
-            codes = self.model.encode(pixels).image_tokens
-        return codes.reshape(_BATCH, -1)[:n].numpy().astype(np.int64)
+            sizes = torch.tensor([[self.size, self.size]] * len(pixels))
+            return torch.stack(list(self.model.encode(pixels, sizes).image_tokens))
+        return self.model.encode(pixels).image_tokens
 
     @torch.inference_mode()
     def decode(self, codes_nT: Codes) -> Pixels:
@@ -166,17 +197,18 @@ class VQTokenizer:
             )
         drawn = []
         for start in range(0, len(codes_nT), _BATCH):
-            codes = torch.from_numpy(np.ascontiguousarray(codes_nT[start : start + _BATCH], dtype=np.int64))
+            some = np.ascontiguousarray(codes_nT[start : start + _BATCH], dtype=np.int64)
+            codes = torch.from_numpy(some).to(self._device)
             if type(self.model).__name__ == "Emu3VQVAE":
                 codes = codes.reshape(-1, *self.grid)
             pixels = self.model.decode(codes)
             pixels = pixels[:, 0] if pixels.ndim == 5 else pixels  # Emu3 returns frames
             pixels = (pixels * self._column(self._std) + self._column(self._mean)).clamp(0, 1) * 255
-            drawn.append(pixels.round().to(torch.uint8).permute(0, 2, 3, 1).numpy())
+            drawn.append(pixels.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
         return np.concatenate(drawn)
 
     def _column(self, values: list[float]) -> Tensor:
-        return torch.tensor(values).view(1, -1, 1, 1)
+        return torch.tensor(values, device=self._device).view(1, -1, 1, 1)
 
     def _settings(self) -> dict[str, Any]:
         own = {"kind": self.kind, "size": self.size, "channels": self.channels, "mean": self._mean, "std": self._std}
@@ -187,7 +219,7 @@ class VQTokenizer:
         if not self._digest:
             digest = hashlib.sha256(json.dumps([type(self.model).__name__, self._settings()]).encode())
             for name, tensor in sorted(self.model.state_dict().items()):
-                digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+                digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
             self._digest = digest.hexdigest()[:16]
         return self._digest
 
@@ -209,6 +241,15 @@ class VQTokenizer:
         loaded = cls.from_pretrained(folder / _MODEL, size=settings["size"], channels=settings["channels"])
         own = {key: settings[key] for key in ("size", "mean", "std")}
         return cls(loaded.model, **own, fitting=Fitting.of(settings))
+
+
+def gpu_batch(size: int) -> int:
+    """Images of a forward pass on a GPU.
+
+    Args:
+        size: edge of the images [pixels].
+    """
+    return max(_BATCH, min(_MOST_GPU_BATCH, _GPU_BATCH * 512**2 // size**2))
 
 
 @contextlib.contextmanager

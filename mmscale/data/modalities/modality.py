@@ -154,6 +154,20 @@ class Salvaging(Protocol):
         """
 
 
+class OnDevice(Protocol):
+    """Additional method of a tokenizer that can compute on a GPU."""
+
+    def use_device(self, number: int) -> None:
+        """Compute on a GPU from now on; codes stay the same.
+
+        Args:
+            number: of this process among those that share the machine's GPUs.
+
+        Raises:
+            ConfigError: there is no GPU.
+        """
+
+
 @dataclass(frozen=True)
 class Report:
     """Receives messages while a tokenizer is fitted.

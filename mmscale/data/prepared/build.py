@@ -34,7 +34,11 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 @dataclass(frozen=True)
 class WorkSetup:
-    """The inputs of every worker."""
+    """The inputs of every worker.
+
+    Attributes:
+        gpus: GPUs of the machine that tokenizers use, if they can (`modality.OnDevice`); 0: none.
+    """
 
     folder: Path
     vocabulary: Vocabulary
@@ -42,20 +46,34 @@ class WorkSetup:
     held_out: float
     strict: bool
     salvage: tuple[str, ...] = ()
+    gpus: int = 0
     modalities: tuple[type[Modality], ...] = field(default_factory=lambda: tuple(MODALITIES.values()))
 
-    def encoder(self) -> DocumentEncoder:
-        """An encoder of documents, with the data set's tokenizers."""
+    def encoder(self, number: int = 0) -> DocumentEncoder:
+        """An encoder of documents, with the data set's tokenizers.
+
+        Args:
+            number: of this process among those of the machine, which chooses its GPU.
+
+        Raises:
+            ConfigError: the machine has no GPU, and `gpus` is not 0.
+        """
+        codecs = open_codecs(self.folder)
+        for codec in codecs.values() if self.gpus else ():
+            if hasattr(codec, "use_device"):
+                codec.use_device(number % self.gpus)
         return DocumentEncoder(
             self.vocabulary,
             text=open_text_tokenizer(self.folder),
-            codecs=open_codecs(self.folder),
+            codecs=codecs,
             max_tokens=self.max_tokens,
             salvage=self.salvage,
         )
 
 
-def build_parts(setup: WorkSetup, jobs: Sequence[PartJob], *, workers: int, advance: Advance) -> list[FinishedPart]:
+def build_parts(
+    setup: WorkSetup, jobs: Sequence[PartJob], *, workers: int, advance: Advance, first: int = 0
+) -> list[FinishedPart]:
     """Make parts, several at a time.
 
     Args:
@@ -63,6 +81,7 @@ def build_parts(setup: WorkSetup, jobs: Sequence[PartJob], *, workers: int, adva
         jobs: the parts to make, in any order.
         workers: processes; with one the parts are made in this process.
         advance: called with the number of processed records.
+        first: number of the first worker among the processes of this machine.
 
     Returns:
         The finished parts in the order of `jobs`.
@@ -71,7 +90,7 @@ def build_parts(setup: WorkSetup, jobs: Sequence[PartJob], *, workers: int, adva
         DataError: a part could not be made, or a worker died. Parts that were finished before are kept.
     """
     if workers == 1 or len(jobs) <= 1:
-        return _build_here(setup, jobs, advance)
+        return _build_here(setup, jobs, advance, first)
     context = multiprocessing.get_context("spawn")  # forking a process with tokenizer or torch threads may hang
     # Raw memory, one cell per part, without locks: a worker killed while holding a lock would block the others.
     stop, counters = context.RawValue("b", 0), context.RawArray("q", len(jobs))
@@ -80,7 +99,7 @@ def build_parts(setup: WorkSetup, jobs: Sequence[PartJob], *, workers: int, adva
     try:
         with pool:
             try:
-                futures = [pool.submit(_work, index, job) for index, job in enumerate(jobs)]
+                futures = [pool.submit(_work, index, job, first) for index, job in enumerate(jobs)]
                 _watch(futures, counters, advance)
                 return [future.result() for future in futures]
             except BaseException:
@@ -94,8 +113,8 @@ def build_parts(setup: WorkSetup, jobs: Sequence[PartJob], *, workers: int, adva
         ) from error
 
 
-def _build_here(setup: WorkSetup, jobs: Sequence[PartJob], advance: Advance) -> list[FinishedPart]:
-    encoder = setup.encoder()
+def _build_here(setup: WorkSetup, jobs: Sequence[PartJob], advance: Advance, number: int) -> list[FinishedPart]:
+    encoder = setup.encoder(number)
     through = 0
 
     def count(records: int) -> None:
@@ -145,12 +164,13 @@ def _start_worker(setup: WorkSetup, stop: Any, counters: Any, parent: int) -> No
     _worker = (setup, None, stop, counters)
 
 
-def _work(index: int, job: PartJob) -> FinishedPart:
+def _work(index: int, job: PartJob, first: int) -> FinishedPart:
     global _worker
     assert _worker is not None
     setup, encoder, stop, counters = _worker
     if encoder is None:
-        encoder = setup.encoder()
+        # Workers begin with consecutive jobs, so they begin on different GPUs.
+        encoder = setup.encoder(first + index)
         _worker = (setup, encoder, stop, counters)
 
     def count(records: int) -> None:

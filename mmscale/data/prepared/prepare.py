@@ -6,14 +6,12 @@ manifest the data set cannot be loaded; finished files are kept if the run is in
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mmscale import bounded
 from mmscale.config import Config, PrepareConfig
 from mmscale.config.plugins import uses
 from mmscale.data import digests
@@ -28,13 +26,13 @@ from mmscale.data.modalities.fit import check_settings, item_tokenizers, text_to
 from mmscale.data.modalities.modality import Codec
 from mmscale.data.prepared import tasks
 from mmscale.data.prepared.build import WorkSetup, build_parts
-from mmscale.data.prepared.folder import REJECTED, claimed, tokenizer_folders
+from mmscale.data.prepared.folder import REJECTED, claimed
 from mmscale.data.prepared.folder_lock import write_error
+from mmscale.data.prepared.gpus import check_gpus
 from mmscale.data.prepared.inputs import listing, slices_of, source_of
 from mmscale.data.prepared.manifest import (
     FORMAT,
     MANIFEST,
-    MOST_BYTES,
     NO_TOKENIZER,
     TEXT,
     Manifest,
@@ -64,6 +62,7 @@ from mmscale.data.prepared.questions import read_questions
 from mmscale.data.prepared.rejected_reasons import rejected_words
 from mmscale.data.prepared.remarks import remarks_on
 from mmscale.data.prepared.reuse import check_companions, companion_of
+from mmscale.data.prepared.set_digests import content_of_parts, digests_of_set, without_content
 from mmscale.data.prepared.shares import Share, SharedPlan, shares_of
 from mmscale.data.prepared.table_facts import keep_facts
 from mmscale.data.progress import Reporter
@@ -80,6 +79,7 @@ def prepare(
     overwrite: bool = False,
     strict: bool | None = None,
     workers: int | None = None,
+    gpus: int = 0,
     progress: bool = True,
 ) -> Manifest:
     """Make a data set, or finish one that was begun. A finished one is not changed.
@@ -90,14 +90,17 @@ def prepare(
         overwrite: make everything again.
         strict: raise an error for the first bad document; default: data.prepare.strict.
         workers: processes; default: data.prepare.workers.
+        gpus: of this machine, that compute the image tokenizer; the default of `workers` is at least this number.
         progress: report on stderr.
 
     Raises:
-        ConfigError: settings are missing or contradict each other.
+        ConfigError: settings are missing or contradict each other, or there are fewer GPUs.
         DataError: an input is missing or bad, `out` holds something else, the disk is full, a worker died.
     """
+    check_gpus(config, gpus, here=True)
     settings, vocabulary, reporter = _begun(config, out, overwrite=overwrite, progress=progress)
     strict = settings.strict if strict is None else strict
+    workers = workers or max(settings.workers, gpus)
     try:
         if settings.source == "megatron":
             check_tokenizer_named(settings)
@@ -107,7 +110,8 @@ def prepare(
                 return _link(out, settings, vocabulary, corpora, source, reporter)
         jobs, source = _listed(settings, vocabulary, reporter)
         with claimed(out, source, overwrite=overwrite):
-            return _prepare(out, settings, vocabulary, jobs, source, strict, workers or settings.workers, reporter)
+            plan = _planned(out, settings, vocabulary, jobs, reporter, strict=strict, gpus=gpus)
+            return _prepare(out, settings, vocabulary, plan, source, strict, workers, reporter)
     except OSError as error:
         raise write_error(error, Path(error.filename or out)) from error
 
@@ -120,6 +124,7 @@ def plan_shares(
     overwrite: bool = False,
     strict: bool | None = None,
     workers: int | None = None,
+    gpus: int = 0,
     progress: bool = True,
 ) -> list[Share]:
     """List the documents and make the tokenizers, so that several processes can make the parts. `prepare` finishes.
@@ -131,6 +136,7 @@ def plan_shares(
         overwrite: likewise.
         strict: likewise.
         workers: processes of each share.
+        gpus: of each machine that makes shares.
         progress: likewise.
 
     Returns:
@@ -139,6 +145,7 @@ def plan_shares(
     Raises:
         ConfigError, DataError: as for `prepare`.
     """
+    check_gpus(config, gpus, here=False)
     settings, vocabulary, reporter = _begun(config, out, overwrite=overwrite, progress=progress)
     if settings.source == "megatron":
         raise ConfigError("data.prepare: a Megatron corpus has no parts to share", remedy="leave --tasks out")
@@ -146,19 +153,20 @@ def plan_shares(
     try:
         slices, source = _listed(settings, vocabulary, reporter)
         with claimed(out, source, overwrite=overwrite):
-            plan = _planned(out, settings, vocabulary, slices, strict, reporter)
+            plan = _planned(out, settings, vocabulary, slices, reporter, strict=strict, gpus=gpus)
             missing = [job for job in plan.jobs if read_finished(out, job) is None]
             if missing:
                 (out / MANIFEST).unlink(missing_ok=True)  # a data set with missing parts must not load
             SharedPlan(len(plan.jobs)).write(out)
     except OSError as error:
         raise write_error(error, Path(error.filename or out)) from error
-    return shares_of(plan.setup, missing, source=source["digest"], number=number, workers=workers or settings.workers)
+    workers = workers or max(settings.workers, gpus)
+    return shares_of(plan.setup, missing, source=source["digest"], number=number, workers=workers)
 
 
-def finish(config: Config, out: Path, *, strict: bool | None, workers: int | None) -> None:
+def finish(config: Config, out: Path, *, strict: bool | None, workers: int | None, gpus: int = 0) -> None:
     """`prepare`, as it is called in the job that runs after all shares."""
-    prepare(config, out, strict=strict, workers=workers)
+    prepare(config, out, strict=strict, workers=workers, gpus=gpus)
 
 
 def _begun(config: Config, out: Path, *, overwrite: bool, progress: bool) -> tuple[PrepareConfig, Vocabulary, Reporter]:
@@ -203,8 +211,10 @@ def _planned(
     settings: PrepareConfig,
     vocabulary: Vocabulary,
     slices: Sequence[Sequence[DocumentSlice]],
-    strict: bool,
     reporter: Reporter,
+    *,
+    strict: bool,
+    gpus: int,
 ) -> _Plan:
     # Canaries are no part of what tokenizers are fitted to.
     flat = [piece for part in slices for piece in part if not isinstance(piece, canaries.CanarySlice)]
@@ -216,7 +226,8 @@ def _planned(
     ours = (fingerprints[TEXT], fingerprints.get(IMAGE, NO_TOKENIZER), *others)
     identity = (*ours, vocabulary.fingerprint, str(settings.max_document_tokens), str(settings.held_out))
     jobs = [PartJob(index, tuple(part), identity) for index, part in enumerate(slices)]
-    setup = WorkSetup(out, vocabulary, settings.max_document_tokens, settings.held_out, strict, _salvaged(settings))
+    salvage = _salvaged(settings)
+    setup = WorkSetup(out, vocabulary, settings.max_document_tokens, settings.held_out, strict, salvage, gpus)
     return _Plan(jobs, setup, codecs, fingerprints)
 
 
@@ -224,13 +235,12 @@ def _prepare(
     out: Path,
     settings: PrepareConfig,
     vocabulary: Vocabulary,
-    slices: Sequence[Sequence[DocumentSlice]],
+    plan: _Plan,
     source: dict[str, Any],
     strict: bool,
     workers: int,
     reporter: Reporter,
 ) -> Manifest:
-    plan = _planned(out, settings, vocabulary, slices, strict, reporter)
     jobs, setup, codecs, fingerprints = plan.jobs, plan.setup, plan.codecs, plan.fingerprints
 
     finished = {job.index: part for job in jobs if (part := read_finished(out, job)) is not None}
@@ -244,7 +254,7 @@ def _prepare(
     if finished:
         reporter.say(f"{len(finished)} of {len(jobs)} parts are there already")
     _check_strict(strict, finished.values())
-    named_before = not _without_content(out, source)
+    named_before = not without_content(out, source)
     (out / MANIFEST).unlink(missing_ok=True)  # a data set with missing parts must not load
     with reporter.bar("documents", sum(job.count for job in missing)) as advance:
         made = build_parts(setup, missing, workers=workers, advance=advance)
@@ -268,12 +278,12 @@ def _prepare(
         tasks=found_tasks,
         rejected=len(rejected),
         source=source["digest"],
-        content=_content(jobs, parts) if named_before else "",
+        content=content_of_parts(jobs, parts) if named_before else "",
     )
     known = {name: digest for part in parts for name, digest in part.digests.items()}
     sizes = [name for part in parts for name in part.sizes]
     with reporter.part("digests"):
-        write_atomic(out / digests.DIGESTS, digests.text(_digests(out, known, sizes, manifest)))
+        write_atomic(out / digests.DIGESTS, digests.text(digests_of_set(out, known, sizes, manifest)))
     write_manifest(out, manifest)
     keep_facts(out, manifest)
     _report(reporter, out, manifest, "is prepared")
@@ -308,9 +318,9 @@ def _link(
         splits={name: Split(parts=tuple(parts)) for name, parts in splits.items()},
         tasks=_write_tasks(out, settings, setup, reporter),
         source=source["digest"],
-        content="" if _without_content(out, source) else content_of(known),
+        content="" if without_content(out, source) else content_of(known),
     )
-    write_atomic(out / digests.DIGESTS, digests.text(_digests(out, known, (), manifest)))
+    write_atomic(out / digests.DIGESTS, digests.text(digests_of_set(out, known, (), manifest)))
     write_manifest(out, manifest)
     keep_facts(out, manifest)
     _report(reporter, out, manifest, "is prepared")
@@ -331,35 +341,6 @@ def _fields_of(vocabulary: Vocabulary) -> dict[str, Any]:
     """The fields of a manifest that define the ids."""
     own = {"modalities": vocabulary.names, "ranges": vocabulary.ranges, "vocabulary": vocabulary.fingerprint}
     return own | {"marked": vocabulary.marked, "reserved": vocabulary.reserved}
-
-
-def _content(jobs: Sequence[PartJob], parts: Sequence[FinishedPart]) -> str:
-    """Digest of all parts if documents name files, which may change while the document files do not; otherwise "".
-
-    Also "" if a part was made by a version that did not record the state of those files, so that the data set keeps its
-    identity when a part is made again.
-    """
-    if not any(job.items for job in jobs) or any(part.items is None for part in parts):
-        return ""
-    return hashlib.sha256(json.dumps([part.digests for part in parts], sort_keys=True).encode()).hexdigest()
-
-
-def _without_content(out: Path, source: dict[str, Any]) -> bool:
-    """Whether the manifest, even of a damaged data set, is of these documents and has no digest of parts."""
-    try:
-        found = bounded.read_object(out / MANIFEST, most=MOST_BYTES)
-    except (OSError, *bounded.BAD_CONTENT):
-        return False
-    return found.get("source") == source["digest"] and not found.get("content")
-
-
-def _digests(out: Path, known: dict[str, str], files: Iterable[str], manifest: Manifest) -> dict[str, str]:
-    """Digests of all files that training, evaluation and decoding read, except the manifest."""
-    others = [out / name for name in files if name not in known]
-    others += [*(out / task.file for task in manifest.tasks), *out.glob(canaries.FILE)]
-    for folder in tokenizer_folders():
-        others += sorted(file for file in (out / folder).rglob("*") if file.is_file())
-    return digests.collect(out, known, others)
 
 
 def _questions(settings: PrepareConfig, setup: WorkSetup) -> Iterator[tuple[str, list[tasks.TaskItem]]]:

@@ -40,12 +40,14 @@ class Share:
         jobs: the parts.
         workers: processes.
         source: digest of the data set's inputs, as in source.json.
+        number: of the share, which chooses its GPU if several shares run on one machine.
     """
 
     setup: WorkSetup
     jobs: tuple[PartJob, ...]
     workers: int
     source: str
+    number: int = 0
 
     def __call__(self) -> None:
         """Make the parts, unless the folder was finished or now belongs to another data set.
@@ -60,7 +62,7 @@ class Share:
                 sys.stderr.write(f"data: {self.setup.folder} {why}; this task makes no parts of it\n")
                 return
             missing = [job for job in self.jobs if read_finished(self.setup.folder, job) is None]
-            build_parts(self.setup, missing, workers=self.workers, advance=lambda _: None)
+            build_parts(self.setup, missing, workers=self.workers, advance=lambda _: None, first=self.number)
 
     def _too_late(self) -> str:
         """Why the parts are not needed any more; "": they are. The folder must be locked."""
@@ -72,7 +74,7 @@ class Share:
 
 def shares_of(setup: WorkSetup, jobs: Sequence[PartJob], *, source: str, number: int, workers: int) -> list[Share]:
     """Divides the parts into `number` shares, every n-th part to each; empty without parts."""
-    return [Share(setup, tuple(jobs[first::number]), workers, source) for first in range(min(number, len(jobs)))]
+    return [Share(setup, tuple(jobs[first::number]), workers, source, first) for first in range(min(number, len(jobs)))]
 
 
 @contextlib.contextmanager

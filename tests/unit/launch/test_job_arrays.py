@@ -11,7 +11,8 @@ from launch.scheduler import JobState
 from mmscale.cli import main
 from mmscale.data.prepared.prepare import plan_shares
 from mmscale.data.prepared.shares import SharedPlan
-from tests.unit.data.samples import config, files_of, text, write_jsonl
+from tests.unit.data.modalities.test_image_tokens import save_model
+from tests.unit.data.samples import config, corpus, files_of, text, write_jsonl
 from tests.unit.launch.fake_slurm import FakeSlurm
 
 RUNNING, PENDING, ENDED = (JobState("7", state) for state in ("RUNNING", "PENDING", "CANCELLED"))
@@ -78,3 +79,35 @@ def test_slurm_is_looked_for_before_anything_is_removed(
     assert submit(tmp_path) != 0
     assert "a job array needs SLURM" in capsys.readouterr().err
     assert files_of(tmp_path / "out") == before
+
+
+def prepare_on_gpus(tmp_path: Path, *, gpus: int, on_node: int) -> int:
+    """Submit the parts of pictures for a neural tokenizer."""
+    profile = tmp_path / "here.yaml"
+    profile.write_text(f"scheduler: slurm\ntasks_per_node: 1\ngpus_per_node: {on_node}\ncpus_per_task: 3\n")
+    model = save_model("JanusVQVAE", tmp_path / "model")
+    image = f"data.prepare.image={{kind: vq, path: {model}, size: 16, channels: 3}}"
+    sizes = "vocab.modalities=[{name: text, size: 300}, {name: image, size: 64}]"
+    documents = ["--documents", str(corpus(tmp_path / "in", 12)), "--out", str(tmp_path / "out")]
+    settings = [sizes, image, "data.prepare.part_documents=4"]
+    command = ["data", "prepare", *documents, *settings, "--cluster", str(profile), "--tasks", "2"]
+    return main([*command, "--gpus", str(gpus)])
+
+
+@pytest.mark.parametrize("gpus", [0, 2])
+def test_every_task_asks_for_its_gpus(slurm: FakeSlurm, tmp_path: Path, gpus: int) -> None:
+    slurm.answer("sbatch", f"cat $1 >> {tmp_path}/scripts; echo Submitted batch job $$")
+    assert prepare_on_gpus(tmp_path, gpus=gpus, on_node=8) == 0
+    lines = (tmp_path / "scripts").read_text().splitlines()
+    asked = [line for line in lines if line.startswith("#SBATCH --gpus-per-node")]
+    assert asked == [f"#SBATCH --gpus-per-node={gpus}"] * (2 if gpus else 0)  # the array, and the job that finishes
+    assert lines.count("#SBATCH --cpus-per-task=3") == 2 and "#SBATCH --array=0-1%2" in lines
+
+
+@pytest.mark.parametrize("on_node", [0, 1])
+def test_gpus_that_nodes_do_not_have_are_refused_first(
+    on_node: int, slurm: FakeSlurm, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert prepare_on_gpus(tmp_path, gpus=2, on_node=on_node) != 0
+    assert f"asks for 2 GPUs, and the profile's nodes have {on_node} (gpus_per_node)" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists() and not slurm.calls("sbatch")

@@ -119,7 +119,7 @@ def alone(found: messages.Messages | None) -> Gpu:
         bandwidth=bandwidth,
         link=found.bandwidth,
         network=found.bandwidth,
-        per_node=device.count(),
+        per_node=device.processors(),
         source=f"measured with torch {torch.__version__}, {torch.get_num_threads()} threads",
         efficiency=nothing,
         host=not device.has_cuda(),

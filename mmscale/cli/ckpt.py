@@ -15,7 +15,7 @@ from mmscale.cli import ckpt_copies, ckpt_mirrors
 from mmscale.cli.named_files import check_checkpoint, split_step
 from mmscale.cli.output import Json, console, emit, pairs, size
 from mmscale.errors import CheckpointError, UsageError
-from mmscale.runtime.waiting import waiting
+from mmscale.runtime.activity import report_activity
 
 app = typer.Typer(
     help="List, show, verify, sign, compare, prune, archive, restore, reshard, average, fuse, mirror and fetch "
@@ -76,14 +76,14 @@ def show(
         if box:
             raise UsageError("--slice needs a tensor", remedy="add --tensor NAME")
         check_checkpoint(folder, step)
-        with waiting("loading torch", enabled=not as_json):
+        with report_activity("loading torch", enabled=not as_json):
             from checkpoints_tools import show as showing
 
             result = showing.show(folder, step=step)
         emit(result, as_json=as_json, text=lambda: _contents(result))
         return
     check_checkpoint(folder, step, verified=True)
-    with waiting("loading torch", enabled=not as_json):
+    with report_activity("loading torch", enabled=not as_json):
         from checkpoints_tools.tensor_values import values
 
         found = values(folder, name=tensor, step=step, box=box)
@@ -219,10 +219,10 @@ def diff(
     both = split_step(one), split_step(other)
     for folder, step in both:
         check_checkpoint(folder, step, verified=True)
-    with waiting("loading torch", enabled=not as_json) as tell:
+    with report_activity("loading torch", enabled=not as_json) as update:
         from checkpoints_tools import diff as comparing
 
-        tell("comparing tensors")
+        update("comparing tensors")
         result = comparing.diff(*both, weights=weights)
     emit(result, as_json=as_json, text=lambda: _differences(result))
 

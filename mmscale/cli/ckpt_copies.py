@@ -14,7 +14,7 @@ import typer
 from mmscale.cli.named_files import split_step
 from mmscale.cli.output import Json, emit, pairs, size
 from mmscale.errors import UsageError
-from mmscale.runtime.waiting import waiting
+from mmscale.runtime.activity import report_activity
 from mmscale.tables.settings import UNTIED
 
 RunAtStep = Annotated[str, typer.Argument(metavar="RUN[@STEP]", help="Run folder, and optionally a step of it.")]
@@ -36,10 +36,10 @@ def archive(
 
     folder, step = split_step(run)
     check_archive(folder, step, out)
-    with waiting("loading torch", enabled=not as_json) as tell:
+    with report_activity("loading torch", enabled=not as_json) as update:
         from checkpoints_tools import copying
 
-        tell(f"writing {out}")
+        update(f"writing {out}")
         result = copying.archive(folder, step, out, weights=weights)
     _emit(result, as_json=as_json)
 
@@ -53,10 +53,10 @@ def restore(
     from checkpoints_tools.refusals import check_restore
 
     check_restore(path, run)
-    with waiting("loading torch", enabled=not as_json) as tell:
+    with report_activity("loading torch", enabled=not as_json) as update:
         from checkpoints_tools import copying
 
-        tell(f"writing {run}")
+        update(f"writing {run}")
         result = copying.restore(path, run)
     _emit(result, as_json=as_json)
 
@@ -86,10 +86,10 @@ def reshard(
 
     folder, step = split_step(run)
     check_copy(folder, step, out)
-    with waiting("loading torch", enabled=not as_json) as tell:
+    with report_activity("loading torch", enabled=not as_json) as update:
         from checkpoints_tools import copying
 
-        tell(f"writing {out}")
+        update(f"writing {out}")
         result = copying.reshard(folder, step, out, weights=weights, files=files)
     _emit(result, as_json=as_json)
 
@@ -119,10 +119,10 @@ def average(
     *names, out = paths
     checkpoints = [split_step(name) for name in names]
     check_average(checkpoints, Path(out), ema=ema)
-    with waiting("loading torch", enabled=not as_json) as tell:
+    with report_activity("loading torch", enabled=not as_json) as update:
         from checkpoints_tools import average as averaging
 
-        tell(f"writing {out}")
+        update(f"writing {out}")
         result = averaging.average(checkpoints, Path(out), ema=ema)
     _emit(result, as_json=as_json)
 
@@ -154,10 +154,10 @@ def fuse(
 
     models = split_step(text), split_step(image)
     check_fuse(*models, out, average=average, steps=steps)
-    with waiting("loading torch", enabled=not as_json) as tell:
+    with report_activity("loading torch", enabled=not as_json) as update:
         from checkpoints_tools import fuse as fusing
 
-        tell(f"writing {out}")
+        update(f"writing {out}")
         result = fusing.fuse(*models, out, average=average, steps=steps)
     _emit(result, as_json=as_json)
 
@@ -237,10 +237,10 @@ def upcycle(
         "steps": steps,
     }
     check_upcycle(folder, step, out, **wanted)
-    with waiting("loading torch", enabled=not as_json) as tell:
+    with report_activity("loading torch", enabled=not as_json) as update:
         from checkpoints_tools import upcycle as upcycling
 
-        tell(f"writing {out}")
+        update(f"writing {out}")
         result = upcycling.upcycle(folder, step, out, **wanted, keep_moments=keep_moments, seed=seed)
     _emit(result, as_json=as_json)
 

@@ -10,7 +10,7 @@ import typer
 from mmscale.cli.data_weights import DataSet, Workers
 from mmscale.cli.output import Json, emit, pairs
 from mmscale.errors import UsageError
-from mmscale.runtime.waiting import waiting
+from mmscale.runtime.activity import report_activity
 
 
 def retrieve(
@@ -87,7 +87,7 @@ def retrieve(
         seed=seed,
     )
     check_request(folder, request)
-    with waiting("loading torch", enabled=not as_json):
+    with report_activity("loading torch", enabled=not as_json):
         from mmscale.data.retrieval.retrieve import retrieve as find_neighbours
     result = find_neighbours(folder, request, workers=workers, reporter=Reporter(enabled=not as_json))
     emit(result, as_json=as_json, text=lambda: _found(result))

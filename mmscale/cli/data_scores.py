@@ -14,7 +14,7 @@ from mmscale.cli.data_weights import DataSet, Workers
 from mmscale.cli.named_files import split_step
 from mmscale.cli.output import Json, emit, pairs
 from mmscale.errors import UsageError
-from mmscale.runtime.waiting import waiting
+from mmscale.runtime.activity import report_activity
 from mmscale.tables.routings import Routing
 from mmscale.tables.run_scores import RUN_SCORES
 
@@ -99,7 +99,7 @@ def _score_by_run(
     path, step = split_step(run)
     chosen = Routing(routing or Routing.CAUSAL)
     check_scored(folder, path, step, chosen, name or kind)
-    with waiting("loading torch and megatron-core", enabled=not as_json):
+    with report_activity("loading torch and megatron-core", enabled=not as_json):
         from mmscale.inference.score_documents import HEADS, score_by_run
     return score_by_run(
         folder,

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from mmscale.cli.output import Json, emit, pairs
-from mmscale.errors import DataError, UsageError
+from mmscale.errors import DataError, LaunchError, UsageError, shell_command
 
 MATCHES = ("joint", "text", "image")
 DataSet = Annotated[Path, typer.Argument(metavar="DIR", help="Prepared data set.")]
@@ -144,25 +144,29 @@ def _submit(folder: Path, planned: Any, cluster: str, *, workers: int) -> dict[s
     """Submit the tasks of a planned deduplication."""
     from launch import job_arrays
     from launch.profile import load_profile
-    from mmscale.data.dedup.shared import LOGS
 
     profile = load_profile(cluster, {})
     job_arrays.check(profile)
     if going := job_arrays.unfinished(planned.jobs()):
+        cancel = f"scancel {' '.join(going)}"
         raise DataError(
             f"data: jobs are deduplicating {folder}: {', '.join(going)} wait or run",
-            remedy=f"wait for them, or cancel them first: scancel {' '.join(going)}",
+            remedy=f"wait for them ({shell_command('status', folder)}), or cancel them first: {cancel}",
         )
-    logs = planned.work.scratch.with_name(f"{planned.work.scratch.name}-{LOGS}")
     stages = planned.stages(workers=workers, progress=True)
-    jobs = job_arrays.submit(stages, folder=logs, name=f"mmscale-dedup-{folder.name}", profile=profile)
+    planned.keep_jobs()
+    try:
+        jobs = job_arrays.submit(stages, folder=planned.logs, name=f"mmscale-dedup-{folder.name}", profile=profile)
+    except LaunchError as error:
+        planned.keep_jobs(refused=error.cause)
+        raise
     planned.keep_jobs(jobs)
     return {
         "folder": str(folder),
         "state": "submitted",
         "tasks": len(planned.work.blocks),
         "jobs": ", ".join(jobs),
-        "logs": str(logs),
+        "logs": str(planned.logs),
     }
 
 

@@ -222,7 +222,7 @@ def status(
 ) -> None:
     """Show the state of runs: SLURM's state, progress, losses, checkpoints, restarts, goodput.
 
-    Folders of data sets that jobs prepare are shown with the parts that are made.
+    Folders of data sets that jobs prepare or deduplicate are shown with the pieces that are done.
     """
     from launch import status as states
     from launch.job_table import JobTable
@@ -237,7 +237,7 @@ def status(
 
 
 def _states(folders: list[Path], table: JobTable) -> list[dict[str, Any]]:
-    """One object per folder, in their order, of runs and of data sets that jobs prepare."""
+    """One object per folder, in their order, of runs and of data sets that jobs prepare or deduplicate."""
     from launch import status as states
     from mmscale.cli.set_status import state_of
 
@@ -250,11 +250,12 @@ def _show(found: list[dict[str, Any]], *, clear: bool) -> None:
     shown = console()
     if clear and shown.is_terminal:
         shown.clear()
-    for one in (one for one in found if "parts" in one):
-        made = f"{one['state']}, {one['done']} of {one['parts']} parts"
-        why = [("reason", one["reason"]), ("logs", one["logs"])] if one["reason"] else []
-        pairs([("data set", one["folder"]), ("state", made), ("jobs", ", ".join(one["jobs"])), *why])
-    runs = [one for one in found if "parts" not in one]
+    from mmscale.cli import set_status
+
+    sets = [one for one in found if one.get("kind") == set_status.DATA_SET]
+    for one in sets:
+        pairs(set_status.shown(one))
+    runs = [one for one in found if one not in sets]
     if runs or not found:
         _table(runs)
 

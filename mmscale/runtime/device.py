@@ -86,7 +86,7 @@ def taken() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else torch.device("cpu")
 
 
-def count() -> int:
+def processors() -> int:
     """Devices of this machine that the process sees; without CUDA the CPU cores that it may use."""
     return torch.cuda.device_count() if has_cuda() else len(os.sched_getaffinity(0))
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mmscale.data.dedup import submitted
 from mmscale.data.dedup.find import find, own_folder
 from mmscale.data.dedup.pairs import DuplicateRule
 from mmscale.data.dedup.work import DedupWork, plan_work
@@ -18,7 +19,7 @@ from mmscale.data.progress import Reporter
 from mmscale.errors import DataError
 
 LAYER = "dedup"
-SCRATCH = ".cache/dedup"  # inside the data set
+SCRATCH = submitted.FOLDER
 MOST_SHARE, MOST_LEAST = 0.01, 1000  # default limit of a cluster: this share of the documents, but at least this number
 
 
@@ -127,4 +128,6 @@ def undo(folder: Path) -> bool:
     """
     manifest = read_manifest(folder)
     parts = parts_of(folder, manifest, TRAIN)
-    return remove_layer(folder, manifest, parts, name=LAYER, of=identity_of(folder, manifest))
+    removed = remove_layer(folder, manifest, parts, name=LAYER, of=identity_of(folder, manifest))
+    submitted.forget_finished(folder)
+    return removed

@@ -14,15 +14,17 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from mmscale.data.dedup.picture_hashes import PictureHash, hash_picture
 from mmscale.data.dedup.words import Hashes, hashes_of, words_of
 from mmscale.data.modalities.modality import Codec
 from mmscale.data.modalities.table import decode_item, open_codecs
 from mmscale.data.modalities.text_tokens import TextTokenizer, open_text_tokenizer
 from mmscale.data.prepared.manifest import Manifest, Part, parts_of, read_manifest
-from mmscale.data.prepared.parts import read_document
+from mmscale.data.prepared.parts import read_document, read_documents
 from mmscale.data.vocab import IMAGE
 
 SLICE = 1 << 15  # documents of a piece of work
+_KEPT = 4096  # pictures whose hashes are kept: several documents may show the same one
 
 
 @dataclass(frozen=True)
@@ -54,19 +56,19 @@ def slices(parts: Sequence[Part], *, size: int = SLICE) -> list[DocumentRange]:
 
 @dataclass(frozen=True, eq=False)
 class DocumentContent:
-    """The content of a document, as hashes and pictures.
+    """The content of a document, as hashes.
 
     Attributes:
         shape: hash of the kinds of its parts.
         words: hashes of its words [n].
         items: hash of each item's codes.
-        pictures: pixels of each item of the modality image; None for other items, and if the tokenizer cannot decode.
+        hashes: of each item of the modality image; None for other items, and if the tokenizer cannot decode.
     """
 
     shape: int
     words: Hashes
     items: list[int]
-    pictures: list[NDArray[np.uint8] | None]
+    hashes: list[PictureHash | None]
 
 
 class ContentReader:
@@ -86,6 +88,7 @@ class ContentReader:
         self.manifest: Manifest = read_manifest(folder)
         self.parts = parts_of(folder, self.manifest, split)
         self._draw = draw
+        self._hashes: dict[int, PictureHash | None] = {}  # by the hash of codes
 
     @cached_property
     def _tokenizer(self) -> TextTokenizer:
@@ -102,9 +105,8 @@ class ContentReader:
 
     def contents(self, piece: DocumentRange) -> Iterator[DocumentContent]:
         """The contents of its documents, one by one."""
-        part = self.parts[piece.part]
-        for place in range(piece.start, piece.stop):
-            yield self._content(read_document(self.folder, part, place))
+        for ids in read_documents(self.folder, self.parts[piece.part], piece.start, piece.stop):
+            yield self._content(ids)
 
     def text(self, piece: DocumentRange, place: int) -> str:
         """The text of a document of a slice; `place` counts from the slice's first document."""
@@ -118,12 +120,12 @@ class ContentReader:
     def _content(self, ids: NDArray[np.int64]) -> DocumentContent:
         vocabulary = self.manifest.vocab
         modality = vocabulary.modality_of(ids)
-        borders = np.flatnonzero(np.diff(modality)) + 1
+        borders = np.flatnonzero(modality[1:] != modality[:-1]) + 1
         kinds: list[str] = []
         items: list[int] = []
-        pictures: list[NDArray[np.uint8] | None] = []
-        for run in np.split(ids, borders):
-            name = vocabulary.names[int(vocabulary.modality_of(run[:1])[0])]
+        hashes: list[PictureHash | None] = []
+        for run, own in zip(np.split(ids, borders), modality[[0, *borders]].tolist(), strict=True):
+            name = vocabulary.names[own]
             if name == vocabulary.names[0]:
                 if (run >= len(vocabulary.specials)).any():
                     kinds.append(name)
@@ -131,10 +133,20 @@ class ContentReader:
             kinds.append(name)
             codes = run - vocabulary.range_of(name)[0]
             items.append(xxhash.xxh3_64_intdigest(self._salts[name] + codes.astype("<i8").tobytes()) or 1)
-            values = decode_item(name, codes, self._codecs.get(name)) if name == IMAGE and self._draw else None
-            pictures.append(values)
+            hashes.append(self._hash(items[-1], name, codes))
         words = hashes_of(words_of(self._text(ids)))
-        return DocumentContent(xxhash.xxh3_64_intdigest("\0".join(kinds).encode()) or 1, words, items, pictures)
+        return DocumentContent(xxhash.xxh3_64_intdigest("\0".join(kinds).encode()) or 1, words, items, hashes)
+
+    def _hash(self, item: int, name: str, codes: NDArray[np.int64]) -> PictureHash | None:
+        """The hash and thumbnails of an item with a hash of its codes; those of equal codes are kept."""
+        if name != IMAGE or not self._draw:
+            return None
+        if item not in self._hashes:
+            if len(self._hashes) >= _KEPT:
+                self._hashes.clear()
+            pixels = decode_item(name, codes, self._codecs.get(name))
+            self._hashes[item] = None if pixels is None else hash_picture(pixels)
+        return self._hashes[item]
 
 
 def folded(hashes: Sequence[int] | Hashes) -> int:

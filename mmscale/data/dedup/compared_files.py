@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from mmscale.data.arrays import scattered
 from mmscale.data.dedup.compared import DocumentContent, folded
-from mmscale.data.dedup.picture_hashes import COLOUR, GREY, PictureHashes, hash_picture
+from mmscale.data.dedup.picture_hashes import COLOUR, GREY, PictureHash, PictureHashes
 from mmscale.data.dedup.words import MINIMA, SHINGLE, shingles, signature
 
 FACTS = np.dtype(
@@ -115,7 +115,7 @@ class Compared:
         """Hashes and thumbnails of the first picture of some documents."""
         return PictureHashes(self.facts.of(documents)["bits"], self._grey.of(documents), self._colour.of(documents))
 
-    def add(self, number: int, content: DocumentContent, *, text: bool) -> PictureHashes | None:
+    def add(self, number: int, content: DocumentContent, *, text: bool) -> list[PictureHash]:
         """Write the data of a document.
 
         Args:
@@ -126,8 +126,8 @@ class Compared:
         Returns:
             Hashes and thumbnails of all its pictures.
         """
-        drawn = [hash_picture(pixels) for pixels in content.pictures if pixels is not None]
-        first = bool(content.pictures) and content.pictures[0] is not None
+        drawn = [one for one in content.hashes if one is not None]
+        first = bool(content.hashes) and content.hashes[0] is not None
         row = (
             content.shape,
             folded(content.words),
@@ -142,10 +142,7 @@ class Compared:
         if first:
             self._grey.write(number, drawn[0][1])
             self._colour.write(number, drawn[0][2])
-        if not drawn:
-            return None
-        bits, grey, colour = (np.array(column) for column in zip(*drawn, strict=True))
-        return PictureHashes(bits.astype(np.uint64), grey, colour)
+        return drawn
 
     def flush(self, document: int) -> None:
         """Write the records of a document's block to disk, so that other machines read them."""

@@ -16,12 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmscale.data.dedup.compared import ContentReader, DocumentContent, folded, slices
-from mmscale.data.dedup.picture_hashes import COLOUR, GREY, PictureHashes, hash_picture, near, table_keys
+from mmscale.data.dedup.picture_hashes import PictureHashes, joined, near, table_keys
 from mmscale.data.dedup.words import Hashes, shingles
 
 GRAM = 13  # words
 PHRASE = 10  # a run of words in more training documents than this is a common phrase
-_CHUNK = 1024  # pictures with the same key that are compared at once
+_PAIRS = 1 << 20  # pairs of pictures with the same key whose hashes are compared at once: 32 MB
+_NEAR = 1 << 14  # and pairs whose thumbnails are: 32 MB
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +30,7 @@ class Overlap:
     """Which parts of held-out documents a training document contains.
 
     Attributes:
-        item: an item or a picture.
+        item: an item, by its codes.
         text: a complete held-out text of fewer than 13 words.
         grams: numbers of runs of 13 words.
     """
@@ -59,16 +60,9 @@ class HeldOutContent:
     keys: tuple[Hashes, NDArray[np.int64]]
     distance: int
 
-    def find(self, content: DocumentContent, hashes: PictureHashes | None) -> Overlap:
-        """Which of these contents a training document has.
-
-        Args:
-            content: the document.
-            hashes: of its pictures; None: it has none.
-        """
+    def find(self, content: DocumentContent) -> Overlap:
+        """Which of these contents a training document has, apart from pictures that look alike (`looks_like`)."""
         item = bool(_among(np.array(content.items, np.uint64), self.items).any())
-        if not item and hashes is not None and self.distance >= 0 and len(self.items):
-            item = self._looks_like(hashes)
         text = not content.items and bool(_among(np.array([folded(content.words)], np.uint64), self.texts).any())
         grams = np.zeros(0, np.int64)
         if len(self.grams) and len(content.words) >= GRAM:
@@ -76,21 +70,37 @@ class HeldOutContent:
             grams = np.searchsorted(self.grams, own[_among(own, self.grams)])
         return Overlap(item, text and bool(len(content.words)), grams)
 
-    def _looks_like(self, hashes: PictureHashes) -> bool:
+    def looks_like(self, hashes: PictureHashes) -> NDArray[np.bool_]:
+        """Which of n pictures look like one of these, bool [n]."""
+        found = np.zeros(len(hashes.bits), bool)
+        if self.distance < 0 or not len(self.hashes.bits):
+            return found
         keys, owners = self.keys
         own = table_keys(hashes.bits, distance=self.distance)
         starts, stops = (np.searchsorted(keys, own, side=side) for side in ("left", "right"))
-        for picture in range(len(own)):
-            spans = zip(starts[picture].tolist(), stops[picture].tolist(), strict=True)
-            others = np.unique(np.concatenate([owners[start:stop] for start, stop in spans]))
-            # Hashes are compared first: few pictures with a common key pass, and thumbnails are 500 times as large.
-            others = others[np.bitwise_count(self.hashes.bits[others] ^ hashes.bits[picture]) <= self.distance]
-            for first in range(0, len(others), _CHUNK):
-                some = others[first : first + _CHUNK]
-                this = hashes.take(np.full(len(some), picture))
-                if near(this, self.hashes.take(some), distance=self.distance).any():
-                    return True
-        return False
+        for start, stop in zip(starts.T, stops.T, strict=True):  # one table of keys at a time
+            for some in _blocks(np.where(found, 0, stop - start)):
+                number = (stop - start)[some]
+                picture = np.repeat(some, number)
+                first = np.repeat(start[some] - np.cumsum(number) + number, number)
+                other = owners[first + np.arange(len(picture))]
+                # Hashes are compared first: few pictures with a common key pass, and thumbnails are 40 times as large.
+                close = np.bitwise_count(self.hashes.bits[other] ^ hashes.bits[picture]) <= self.distance
+                pairs = np.stack([picture, other], axis=1)[close]
+                for at in range(0, len(pairs), _NEAR):
+                    one, held = pairs[at : at + _NEAR].T
+                    alike = near(hashes.take(one), self.hashes.take(held), distance=self.distance)
+                    found[one[alike]] = True
+        return found
+
+
+def _blocks(counts: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    """Numbers of the pictures with candidates, in blocks of about _PAIRS candidates."""
+    chosen = np.flatnonzero(counts)
+    if not len(chosen):
+        return []
+    block = np.cumsum(counts[chosen]) // _PAIRS
+    return np.split(chosen, np.flatnonzero(block[1:] != block[:-1]) + 1)
 
 
 def _among(wanted: Hashes, known: Hashes) -> NDArray[np.bool_]:
@@ -117,7 +127,7 @@ def read_held_out(sets: Sequence[tuple[Path, str]], *, distance: int) -> HeldOut
         for piece in slices(reader.parts):
             for content in reader.contents(piece):
                 items += content.items
-                drawn += [hash_picture(pixels) for pixels in content.pictures if pixels is not None]
+                drawn += [one for one in content.hashes if one is not None]
                 if content.items or not len(content.words):
                     continue
                 if len(content.words) < GRAM:
@@ -125,19 +135,17 @@ def read_held_out(sets: Sequence[tuple[Path, str]], *, distance: int) -> HeldOut
                 else:
                     grams.append(np.unique(shingles(content.words, GRAM)))
     drawn = list({(one[0], one[1].tobytes(), one[2].tobytes()): one for one in drawn}.values())  # each picture once
-    bits = np.array([one[0] for one in drawn], np.uint64)
-    grey = np.array([one[1] for one in drawn], np.uint8).reshape(-1, GREY * GREY)
-    colour = np.array([one[2] for one in drawn], np.uint8).reshape(-1, COLOUR * COLOUR * 3)
+    hashes = joined(drawn)
     keys, owners = np.zeros(0, np.uint64), np.zeros(0, np.int64)
-    if distance >= 0 and len(bits):
-        table = table_keys(bits, distance=distance)
+    if distance >= 0 and len(drawn):
+        table = table_keys(hashes.bits, distance=distance)
         order = np.argsort(table.ravel(), kind="stable")
         keys, owners = table.ravel()[order], order // table.shape[1]
     return HeldOutContent(
         grams=np.unique(np.concatenate(grams)) if grams else np.zeros(0, np.uint64),
         texts=np.unique(np.array(texts, np.uint64)),
         items=np.unique(np.array(items, np.uint64)),
-        hashes=PictureHashes(bits, grey, colour),
+        hashes=hashes,
         keys=(keys, owners),
         distance=distance,
     )

@@ -8,6 +8,8 @@ groups, of which at least two must be equal.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -46,7 +48,19 @@ class PictureHashes:
         return PictureHashes(self.bits[numbers], self.grey[numbers], self.colour[numbers])
 
 
-def hash_picture(pixels: NDArray[np.uint8]) -> tuple[int, NDArray[np.uint8], NDArray[np.uint8]]:
+PictureHash = tuple[int, NDArray[np.uint8], NDArray[np.uint8]]  # hash and thumbnails of a picture, as in PictureHashes
+
+
+def joined(hashes: Sequence[PictureHash]) -> PictureHashes:
+    """The properties of several pictures."""
+    return PictureHashes(
+        np.array([one[0] for one in hashes], np.uint64),
+        np.array([one[1] for one in hashes], np.uint8).reshape(-1, GREY * GREY),
+        np.array([one[2] for one in hashes], np.uint8).reshape(-1, COLOUR * COLOUR * 3),
+    )
+
+
+def hash_picture(pixels: NDArray[np.uint8]) -> PictureHash:
     """Hash and thumbnails of one picture, uint8 [height, width, 1 or 3]."""
     picture = PIL.Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
     grey = picture.convert("L")
@@ -70,10 +84,13 @@ def near(one: PictureHashes, other: PictureHashes, *, distance: int) -> NDArray[
 
 def table_keys(bits: Hashes, *, distance: int) -> Hashes:
     """Keys, of which hashes within a distance share at least one, uint64 [n, tables]."""
+    masks, salts = _tables(distance)
+    return scattered((bits[:, None] & masks) ^ salts)
+
+
+@functools.cache
+def _tables(distance: int) -> tuple[Hashes, Hashes]:
+    """The bits that each table compares, and numbers by which the keys of tables differ, each uint64 [tables]."""
     groups = np.array_split(np.arange(64), distance + 2)
     masks = [sum(1 << int(bit) for group in pair for bit in group) for pair in combinations(groups, 2)]
-    keys = [
-        scattered((bits & np.uint64(mask)) ^ scattered(np.array([number], np.uint64)))
-        for number, mask in enumerate(masks)
-    ]
-    return np.stack(keys, axis=1)
+    return np.array(masks, np.uint64), scattered(np.arange(len(masks), dtype=np.uint64))

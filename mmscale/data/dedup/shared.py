@@ -17,20 +17,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mmscale import bounded
 from mmscale.data.dedup.apply import SCRATCH, DedupRequest, checked_request, write_found
 from mmscale.data.dedup.compared import SLICE
 from mmscale.data.dedup.pairs import DuplicateRule
+from mmscale.data.dedup.submitted import SubmittedDedup, read_submitted
 from mmscale.data.dedup.work import DedupWork, compare_ranges, plan_work, ranges_of, read_pieces, unread
 from mmscale.data.prepared.folder_lock import LOCK, write_error
 from mmscale.data.prepared.identity import identity_of
 from mmscale.data.prepared.manifest import read_manifest
 from mmscale.data.progress import Reporter
 from mmscale.errors import DataError
-from mmscale.runtime.atomic_files import write_atomic
 
 LOGS = "logs"  # folder of the jobs' logs
-_JOBS = "jobs.json"
 _PREFIX = "tasks-"
 
 Task = Callable[[], Any]
@@ -107,7 +105,7 @@ class SharedDedup:
 
     Attributes:
         work: the inputs.
-        request: what is asked.
+        request: what the command asks for.
     """
 
     work: DedupWork
@@ -125,16 +123,21 @@ class SharedDedup:
         compares: list[Task] = [CompareTask(self.work, first, count, workers) for first in range(count)]
         return [reads, compares, [FinishTask(self.work, self.request, workers, progress)]]
 
-    def jobs(self) -> list[str]:
-        """Jobs that an earlier command submitted for the same; empty: none."""
-        try:
-            return [str(job) for job in bounded.read_object(self.work.scratch / _JOBS)["jobs"]]
-        except (OSError, *bounded.BAD_CONTENT):
-            return []
+    @property
+    def logs(self) -> Path:
+        """Folder of the jobs' logs."""
+        return self.work.scratch.with_name(f"{self.work.scratch.name}-{LOGS}")
 
-    def keep_jobs(self, jobs: Sequence[str]) -> None:
-        """Remember the submitted jobs."""
-        write_atomic(self.work.scratch / _JOBS, json.dumps({"jobs": list(jobs)}).encode())
+    def jobs(self) -> list[str]:
+        """Jobs that an earlier command submitted for this data set, whatever it asked for; empty: none."""
+        before = read_submitted(self.work.folder)
+        return list(before.jobs) if before is not None else []
+
+    def keep_jobs(self, jobs: Sequence[str] = (), *, refused: str = "") -> None:
+        """Record the submitted jobs in the data set's folder, or why they could not be submitted."""
+        work = self.work
+        found = SubmittedDedup(str(work.scratch), str(self.logs), len(work.pieces), tuple(jobs), refused)
+        found.write(work.folder)
 
 
 def plan_tasks(
@@ -147,7 +150,7 @@ def plan_tasks(
     scratch: Path | None = None,
     tasks: int,
 ) -> SharedDedup:
-    """Divide the work among tasks. The folder of temporary files depends on the request: a repeated call continues.
+    """Divide the work among tasks. The folder of temporary files depends on the request, so that another call goes on.
 
     Args:
         folder: as of `apply.dedup`, and so are the arguments that are not listed here.

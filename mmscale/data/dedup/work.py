@@ -18,10 +18,12 @@ from mmscale.data.dedup.compared import ContentReader, DocumentRange, slices
 from mmscale.data.dedup.compared_files import Compared, RecordBlock
 from mmscale.data.dedup.contamination import HeldOutContent, read_held_out
 from mmscale.data.dedup.pairs import RANGE, DuplicateRule, edges, merged
+from mmscale.data.dedup.picture_hashes import PictureHash, joined
 from mmscale.data.prepared.manifest import parts_of, read_manifest
 from mmscale.data.process_pool import map_in_processes
 from mmscale.runtime.atomic_files import open_atomic
 
+_TOGETHER = 1 << 14  # pictures that are compared with held-out ones at once: 10 MB
 KeyRange = tuple[int, int | None]  # keys from .. up to; None: to the end
 
 
@@ -165,17 +167,35 @@ def _read(work: DedupWork, held_out: HeldOutContent | None, piece: DocumentRange
     records = Compared(work.blocks)
     flags = np.zeros((piece.stop - piece.start, 2), bool)
     grams: list[NDArray[np.int64]] = [np.empty((0, 2), np.int64)]
+    drawn: list[tuple[int, PictureHash]] = []
     for place, content in enumerate(reader.contents(piece)):
         hashes = records.add(piece.first + place, content, text=work.rule.signs)
         if held_out is not None:
-            found = held_out.find(content, hashes)
+            found = held_out.find(content)
+            drawn += [(place, one) for one in hashes if not found.item]
+            if len(drawn) >= _TOGETHER:
+                _flag_pictures(flags, drawn, held_out)
             flags[place] = found.item, found.text
             grams.append(np.stack([found.grams, np.full(len(found.grams), place)], axis=1))
     records.flush(piece.first)
     if held_out is not None:
+        _flag_pictures(flags, drawn, held_out)
         _save(work.scratch / f"flags-{piece.first}.npy", flags)
         _save(work.scratch / f"grams-{piece.first}.npy", np.concatenate(grams))
     _save(_run_of(work, piece), work.rule.keys(records, piece.first, piece.first + len(flags)))
+
+
+def _flag_pictures(flags: NDArray[np.bool_], drawn: list[tuple[int, PictureHash]], held_out: HeldOutContent) -> None:
+    """Mark documents with pictures that look like held-out ones, and forget the pictures.
+
+    Args:
+        flags: of the documents of a slice, as from `found_in`.
+        drawn: document and hashes of each picture.
+        held_out: the contents of held-out documents.
+    """
+    places = np.array([place for place, _ in drawn], np.int64)
+    flags[places[held_out.looks_like(joined([one for _, one in drawn]))], 0] = True
+    drawn.clear()
 
 
 def _compare(work: DedupWork, bounds: KeyRange) -> None:

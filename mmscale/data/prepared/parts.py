@@ -185,6 +185,11 @@ def read_document(folder: Path, part: Part, index: int) -> NDArray[np.int64]:
     """
     if not 0 <= index < part.documents:
         raise DataError(f"data: part {part.prefix} has no document {index}", remedy=f"ask for 0..{part.documents - 1}")
+    return next(read_documents(folder, part, index, index + 1))
+
+
+def read_documents(folder: Path, part: Part, start: int, stop: int) -> Iterator[NDArray[np.int64]]:
+    """Ids of consecutive documents of a part, one by one; opens its files once. Otherwise as `read_document`."""
     file = folder / f"{part.prefix}.idx"
     head = struct.calcsize("<QBQQ")
     with file.open("rb") as stream:
@@ -193,13 +198,17 @@ def read_document(folder: Path, part: Part, index: int) -> NDArray[np.int64]:
         if magic != HEADER or len(fields) < head:
             raise DataError(f"data: {file} is not an index file", remedy="run `mmscale data prepare` again")
         _, code, sequences, _ = struct.unpack("<QBQQ", fields)
-        start = len(HEADER) + head
-        stream.seek(start + 4 * index)
-        (length,) = struct.unpack("<i", stream.read(4))
-        stream.seek(start + 4 * sequences + 8 * index)
-        (pointer,) = struct.unpack("<q", stream.read(8))
-    ids = np.fromfile(folder / f"{part.prefix}.bin", dtype=DTYPES[code], count=length, offset=pointer)
-    return np.asarray(ids, dtype=np.int64) + (part.id_offset or 0)
+        begin = len(HEADER) + head
+        stream.seek(begin + 4 * start)
+        lengths = np.frombuffer(stream.read(4 * (stop - start)), "<i4")
+        stream.seek(begin + 4 * sequences + 8 * start)
+        pointers = np.frombuffer(stream.read(8 * (stop - start)), "<i8")
+    dtype = np.dtype(DTYPES[code])
+    with (folder / f"{part.prefix}.bin").open("rb") as stream:
+        for length, pointer in zip(lengths.tolist(), pointers.tolist(), strict=True):
+            stream.seek(pointer)
+            ids = np.frombuffer(stream.read(dtype.itemsize * length), dtype)
+            yield np.asarray(ids, dtype=np.int64) + (part.id_offset or 0)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-# mmscale/runtime/waiting.py: what a user sees of work that takes a while.
+# mmscale/runtime/activity.py: what a user sees of work that takes a while.
 """Tests of lines about waiting."""
 
 from __future__ import annotations

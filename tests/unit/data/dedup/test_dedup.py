@@ -15,9 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmscale.data.dedup import apply, clusters, compared, pairs, picture_hashes, words
+from mmscale.data.dedup import apply, clusters, compared, contamination, pairs, picture_hashes, words
 from mmscale.data.dedup.clusters import DuplicateForest
-from mmscale.data.dedup.compared import DocumentContent
 from mmscale.data.dedup.contamination import HeldOutContent
 from mmscale.data.dedup.pairs import RUN, DuplicateRule
 from mmscale.data.prepared.identity import identity_of
@@ -263,7 +262,7 @@ def test_training_documents_that_hold_held_out_ones_are_left_out(tmp_path: Path)
         kept(folder, against=[folder])
 
 
-def test_every_held_out_picture_with_a_common_key_is_compared() -> None:
+def test_every_held_out_picture_with_a_common_key_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     """200 icons of one structure in other colours: their hashes are equal, and one of them is the one."""
 
     def of(pictures: Sequence[np.ndarray[Any, Any]]) -> picture_hashes.PictureHashes:
@@ -286,9 +285,13 @@ def test_every_held_out_picture_with_a_common_key_is_compared() -> None:
     copies = [np.clip(icon.astype(int) + own, 0, 255).astype(np.uint8) for icon, own in zip(icons, noise, strict=True)]
     known = picture_hashes.near(of(copies), held, distance=2)
     assert known.sum() > 150
-    found = [content.find(DocumentContent(0, none, [7], []), of([one])).item for one in copies]
-    assert np.array(found)[known].all()
-    assert not content.find(DocumentContent(0, none, [7], []), of([np.zeros((32, 32, 3), np.uint8) + 128])).item
+    found = content.looks_like(of([*copies, np.zeros((32, 32, 3), np.uint8) + 128]))
+    assert found[:-1][known].all() and not found[-1]
+    alone = [content.looks_like(of([one])).item() for one in copies]
+    assert alone == found[:-1].tolist()
+    monkeypatch.setattr(contamination, "_PAIRS", 7)
+    monkeypatch.setattr(contamination, "_NEAR", 3)
+    assert content.looks_like(of(copies)).tolist() == alone
 
 
 def test_the_scratch_folder_is_the_users(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-# make quickstart trains and evaluates a model from scratch. make test runs the suite, make test-all also the large matrices.
+# make quickstart trains and evaluates a model from scratch. make test runs the suite, make test-long its longer tests, make
+# test-all both and the large matrices.
 # The package itself needs nothing from this file. PYTHON=python3.12 make ... picks an interpreter.
 .DEFAULT_GOAL := help
 SHELL := bash
@@ -17,15 +18,16 @@ TE := $(VENV)/transformer-engine
 # A machine's threads are shared by local ranks, and idle OpenMP threads must not spin against them.
 export OMP_NUM_THREADS := 1
 export GOMP_SPINCOUNT := 0
-# Further arguments for pytest in make test, for instance -x.
+# Further arguments for pytest in make test and make test-long, for instance -x.
 PYTEST_ARGS ?=
 
-.PHONY: docs help wheelhouse quickstart test test-all lint pytest matrices durations transformer-engine apptainer test-slurm-24 test-versions security soak chaos preempted killed clean
+.PHONY: docs help wheelhouse quickstart test test-long test-all lint pytest matrices durations transformer-engine apptainer test-slurm-24 test-versions security soak chaos preempted killed clean
 
 help:
 	@echo "make quickstart   install, prepare real data, train, evaluate, export and draw on this machine"
-	@echo "make test         install, lint and run the tests"
-	@echo "make test-all     the same, and every combination of layouts and features (tests marked exhaustive)"
+	@echo "make test         install, lint and run the tests: ten minutes on two cores"
+	@echo "make test-long    the longer tests, which repeat their kinds in more detail (marked long); CI runs them too"
+	@echo "make test-all     both, and every combination of layouts and features (tests marked exhaustive)"
 	@echo "make security     hostile inputs and fuzzers, about an hour"
 	@echo "make durations    run the tests one after the other; table of what each costs"
 	@echo "make lint         ruff, mypy and import contracts only"
@@ -115,7 +117,7 @@ quickstart: $(STAMP)
 
 test: lint pytest
 
-test-all: test matrices
+test-all: test test-long matrices
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -123,38 +125,20 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# The suite's ranks are forked processes that compute on the CPU, even on a machine with GPUs. GPU tests run afterwards.
-# Four streams run at once: tests/unit is one process, tests/slurm waits for SLURM more than it computes and is two, the rest
-# starts ranks. The output of the first three comes after that of the rest. A stream for which PYTEST_ARGS choose no test (status 5)
-# is no failure unless all have none. Each has a cache of its own, for instance for PYTEST_ARGS=--last-failed.
-UNIT_LOG := $(VENV)/tests-unit.log
-SLURM_LOG := $(VENV)/tests-slurm.log
-SLURM_TOO_LOG := $(VENV)/tests-slurm-too.log
-# These take as long as the other files of tests/slurm. Bridges of networks are counted on the whole machine, so the files
-# that make them are in one stream.
-SLURM_TOO := $(addprefix tests/slurm/test_,interruptions.py local_cluster.py slow_faults.py soak.py successors.py)
-PYTEST := $(BIN)/python -m pytest $(PYTEST_ARGS) -o cache_dir=.pytest_cache
-# Job control gives each a process group of its own; Ctrl-C and SIGTERM are passed on to all.
+# Every kind of thing that the project promises, in less than ten minutes on two cores; `test-long` has the rest of the rows
+# (tests marked `long`). tests/streams.py runs each tier as several processes at once. GPU tests run afterwards, all of them.
 pytest: $(STAMP) $(EVALS) $(TE)/.unpacked
-	@echo "tests/unit and tests/slurm run beside the other tests; their output comes last, and is in $(VENV)/tests-*.log"
-	@set -m; failed=5; export CUDA_VISIBLE_DEVICES=; \
-	  $(PYTEST)/unit tests/unit < /dev/null > $(UNIT_LOG) 2>&1 & unit=$$!; \
-	  $(PYTEST)/slurm tests/slurm $(SLURM_TOO:%=--ignore=%) < /dev/null > $(SLURM_LOG) 2>&1 & slurm=$$!; \
-	  $(PYTEST)/slurm-too $(SLURM_TOO) < /dev/null > $(SLURM_TOO_LOG) 2>&1 & too=$$!; \
-	  $(PYTEST)/rest --ignore=tests/unit --ignore=tests/slurm < /dev/null & rest=$$!; \
-	  for name in INT TERM; do trap "kill -$$name $$unit $$slurm $$too $$rest 2>/dev/null || true" $$name; done; \
-	  for one in $$rest $$unit $$slurm $$too; do \
-	    status=0; wait $$one || status=$$?; \
-	    while kill -0 $$one 2>/dev/null; do wait $$one || status=$$?; done; \
-	    if (( status != 5 && (status || failed == 5) )); then failed=$$status; fi; \
-	  done; cat $(UNIT_LOG) $(SLURM_LOG) $(SLURM_TOO_LOG); exit $$failed
+	@$(BIN)/python -m tests.streams test $(PYTEST_ARGS)
 	@if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null; then set -x; $(BIN)/python -m pytest tests/gpu; fi
 
-# The table of docs/results/durations.md: the same tests, one process at a time, and what each of them cost.
+test-long: $(STAMP) $(EVALS) $(TE)/.unpacked
+	@$(BIN)/python -m tests.streams long $(PYTEST_ARGS)
+
+# The tables of docs/results/durations.md: the tests of both tiers, one process at a time, and what each of them cost.
 DURATIONS := $(VENV)/durations.tsv
 durations: $(STAMP) $(EVALS) $(TE)/.unpacked
 	@rm -f $(DURATIONS)
-	@failed=0; export CUDA_VISIBLE_DEVICES=; for folder in unit te_on_cpu distributed end_to_end slurm; do \
+	@failed=0; export CUDA_VISIBLE_DEVICES=; for folder in unit distributed end_to_end slurm; do \
 	  $(BIN)/python -m pytest -q -p tests.durations --durations-to $(DURATIONS) tests/$$folder < /dev/null || failed=$$?; \
 	done; $(BIN)/python -m tests.durations $(DURATIONS); exit $$failed
 
@@ -200,7 +184,7 @@ SEED ?= $(shell date +%s)
 chaos: $(STAMP)
 	MMSCALE_CHAOS=$(EVENTS) MMSCALE_CHAOS_SEED=$(SEED) $(BIN)/python -m pytest -q -W ignore tests/end_to_end/test_chaos.py
 
-# `make test` preempts once, at a fixed step; `make test-all` twice at random. Each preemption takes about twenty seconds.
+# `make test-long` preempts once, at a fixed step; `make test-all` twice at random. Each preemption takes about twenty seconds.
 preempted: $(STAMP)
 	MMSCALE_PREEMPTIONS=20 $(BIN)/python -m pytest -q -s -W ignore -m exhaustive tests/slurm/test_preemptions.py
 

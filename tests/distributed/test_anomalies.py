@@ -283,9 +283,9 @@ def inf_in_a_copy(parts: assembly.TrainingParts, sums: torch.Tensor) -> torch.Te
 
 LAYOUTS: list[Any] = [
     pytest.param("moma", "fp32", {}, math.nan, marks=pytest.mark.exhaustive),  # OVERLAPPED has as many replicas
-    ("dense", "fp32", {"tp": 2}, math.inf),
-    ("moma_depth", "bf16", {"pp": 2}, math.nan),
-    ("moma", "bf16", {"ep": 2}, math.inf),
+    pytest.param("dense", "fp32", {"tp": 2}, math.inf, marks=pytest.mark.long),
+    pytest.param("moma_depth", "bf16", {"pp": 2}, math.nan, marks=pytest.mark.long),
+    pytest.param("moma", "bf16", {"ep": 2}, math.inf, marks=pytest.mark.long),
     ("moma", "fp32", OVERLAPPED, math.nan),
 ]
 
@@ -341,6 +341,7 @@ def test_a_fault_is_computed_away_and_bad_data_is_left_out(
     run_ranks(ranks_do, world_size=2)
 
 
+@pytest.mark.long
 @distributed(world_size=2)
 def test_a_step_that_is_refused_leaves_no_trace(ranks: RankEnv) -> None:
     """Weights, fp32 masters, moments, step counts and learning rates are the bytes of before; the budget ends it."""
@@ -468,6 +469,7 @@ def assert_same(one: Ended, other: Ended) -> None:
     assert one.state.step == other.state.step
 
 
+@pytest.mark.long
 def test_a_spike_is_left_out_and_the_run_is_the_same_after_kills(tmp_path: Path) -> None:
     """Exactly the run in which the bad batch never was, killed before and after the checkpoint behind the skip."""
 
@@ -491,6 +493,7 @@ def test_a_spike_is_left_out_and_the_run_is_the_same_after_kills(tmp_path: Path)
     run_ranks(ranks_do, world_size=2)
 
 
+@pytest.mark.long
 def test_a_spike_rolls_back_and_the_run_is_the_same_after_kills(tmp_path: Path) -> None:
     """Back to step 6, on behind batch 10: exactly the run in which batches 6 to 10 never were."""
 

@@ -38,6 +38,7 @@ def _leg(folder: Path, world_size: int, parallel: dict[str, Any], *, load: int |
     return json.loads(file.read_text())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("dtype", "before", "after"),
     [
@@ -72,6 +73,7 @@ def test_losses_after_a_restore(
     assert diff((run, DONE), (restored, DONE))["equal"]
 
 
+@pytest.mark.long
 def test_training_from_weights_only(tmp_path: Path) -> None:
     """A mean has no optimizer state: refused unless asked for, then the same loss with moments that begin anew."""
     run, mean = tmp_path / "run", tmp_path / "mean"

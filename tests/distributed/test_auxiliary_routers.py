@@ -176,6 +176,7 @@ def test_two_ranks_equal_one_process(model: str, tmp_path: Path) -> None:
     _compare(reference, model, 2, _some(TWO_RANKS, ["dp2", "tp2", "ep2", "pp2_interleaved"]))
 
 
+@pytest.mark.long
 def test_a_pipeline_stage_without_routers(tmp_path: Path) -> None:
     """A dense model whose first layer alone is a Mixture-of-Depths layer."""
     reference = alone("dense_depth_first", tmp_path / "alone.json")
@@ -201,6 +202,7 @@ def test_four_ranks_equal_one_process(model: str, tmp_path: Path) -> None:
     _compare(reference, model, 4, _some(FOUR_RANKS, ["tp2_ep2", "pp2_ep2"]))
 
 
+@pytest.mark.long
 def test_split_sequences_equal_one_process(tmp_path: Path) -> None:
     """Context parallelism: routers of experts and of Mixture-of-Depths layers learn from the tokens of all ranks."""
     reference = alone("moma_depth", tmp_path / "alone.json", document_multiple=8)
@@ -245,7 +247,9 @@ def _resumed(made: Config, folder: Path, *, load: int | None, until: int) -> lis
         process_groups.destroy_layout()
 
 
-@pytest.mark.parametrize(("model", "dtype"), [("moma_depth", "fp32"), ("moma", "bf16")])
+@pytest.mark.parametrize(
+    ("model", "dtype"), [("moma_depth", "fp32"), pytest.param("moma", "bf16", marks=pytest.mark.long)]
+)
 def test_the_stage_goes_on_exactly_and_under_other_layouts(model: str, dtype: str, tmp_path: Path) -> None:
     """Four steps equal two, a checkpoint of the routers alone, and two more: bit for bit; elsewhere up to rounding."""
 
@@ -331,6 +335,7 @@ def test_joint_routers_do_not_move_the_main_model_by_a_bit(layouts: list[dict[st
     run_ranks(ranks_do, world_size=2, timeout_s=600)
 
 
+@pytest.mark.long
 def test_averaged_thresholds_do_not_depend_on_the_layout(tmp_path: Path) -> None:
     def thresholds(parallel: Mapping[str, Any]) -> dict[str, float]:
         made = with_share(config("moma_depth_joint", parallel=parallel))

@@ -53,7 +53,7 @@ FOUR_RANKS: dict[str, dict[str, Any]] = {
     "cp2_tp2_ep2_recompute": {"cp": 2, "tp": 2, "ep": 2, "recompute": "full"},
 }
 EVERYTHING = "moma_depth_joint"
-# What every test run takes; the rest is exhaustive.
+# What every change takes, four ranks in `make test-long`; the rest is exhaustive.
 PLAIN = {2: ("cp2_ep2", "cp2_loss_chunk"), 4: ("cp2_tp2", "cp2_pp2")}  # cp4: ranks without images, below
 LAYOUTS = {2: TWO_RANKS, 4: FOUR_RANKS}
 
@@ -86,11 +86,12 @@ def _fitting(model: str, world_size: int) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("world_size", LAYOUTS)
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.long)])
 def test_split_sequences_equal_one_process(references: References, world_size: int, tmp_path: Path) -> None:
     _run(references, EVERYTHING, tmp_path, world_size, list(PLAIN[world_size]))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "model", [pytest.param("moe_token_choice", marks=pytest.mark.exhaustive), "moma_token_choice_depth"]
 )
@@ -99,11 +100,13 @@ def test_token_choice_of_split_sequences(references: References, model: str, tmp
     _run(references, model, tmp_path, 2, ["cp2_ep2"])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("model", ["mot_4t1i", "mot_4t1i_depth"])
 def test_ungated_groups_of_split_sequences(references: References, model: str, tmp_path: Path) -> None:
     _run(references, model, tmp_path, 2, ["cp2_ep2"])
 
 
+@pytest.mark.long
 def test_stretched_positions_of_split_sequences(references: References, tmp_path: Path) -> None:
     assert MODELS["dense_tied"]["rope_scaling"]["rope_type"] == "yarn"
     _run(references, "dense_tied", tmp_path, 2, ["cp2"])
@@ -145,7 +148,9 @@ class Odd(SyntheticMixture):
         )
 
 
-@pytest.mark.parametrize("model", [EVERYTHING, "mot", "mot_4t1i"])
+@pytest.mark.parametrize(
+    "model", [pytest.param(one, marks=pytest.mark.long) for one in (EVERYTHING, "mot", "mot_4t1i")]
+)
 def test_ranks_without_images_and_with_nothing_but_padding(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -235,6 +240,7 @@ def _indifferent(chunks: list[Any]) -> None:
                 torch.nn.init.zeros_(parameter)
 
 
+@pytest.mark.long
 def test_each_mistake_of_a_split_is_seen(tmp_path: Path) -> None:
     """And without the mistake the same steps pass."""
     made = config("moma", parallel={"cp": 2})

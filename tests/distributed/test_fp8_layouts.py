@@ -67,13 +67,15 @@ LAYOUTS: dict[str, tuple[tuple[dict[str, Any], int], ...]] = {
     "blockwise": ((TP2, 1), (EP2, 1)),
     "mxfp8": ((TP2, 1), (EP2, 1), ({}, 1)),
 }
-# What every test run takes: each recipe once, and every kind of parallelism with delayed scales.
+# What every change takes: each recipe once, and every kind of parallelism with delayed scales.
 ALWAYS = {
     "delayed": LAYOUTS["delayed"][:3],
     "tensorwise": LAYOUTS["tensorwise"][:1],
     "blockwise": LAYOUTS["blockwise"][:1],
     "mxfp8": LAYOUTS["mxfp8"][:1],
 }
+SHORT = {"delayed": LAYOUTS["delayed"][:1], "tensorwise": LAYOUTS["tensorwise"][:1]}  # in `make test`
+LONG = {"delayed": LAYOUTS["delayed"][1:3], "blockwise": LAYOUTS["blockwise"][:1]}
 REST = {recipe: layouts[len(ALWAYS[recipe]) :] for recipe, layouts in LAYOUTS.items()}
 # In 65,536 gradients of the wide model some are that near to the middle between two FP8 values: seen 4e-5.
 FIRST_NORM = dict.fromkeys(IN_BLOCKS, 3e-4)
@@ -81,20 +83,25 @@ FIRST_NORM = dict.fromkeys(IN_BLOCKS, 3e-4)
 CLOSE = 3e-3
 
 
-@pytest.mark.parametrize("chosen", [ALWAYS, pytest.param(REST, marks=pytest.mark.exhaustive)], ids=["", "rest"])
+@pytest.mark.parametrize(
+    "chosen",
+    [SHORT, pytest.param(LONG, marks=pytest.mark.long), pytest.param(REST, marks=pytest.mark.exhaustive)],
+    ids=["", "more", "rest"],
+)
 def test_layouts_equal_one_process(tmp_path: Path, chosen: dict[str, tuple[tuple[dict[str, Any], int], ...]]) -> None:
     """And they would not if ranks did not agree on amax."""
+    recipes = {*chosen, "tensorwise"}
 
     def alone(ranks: RankEnv) -> None:
         groups.start(ranks)
-        for recipe in LAYOUTS:
+        for recipe in recipes:
             found = trace(fp8(recipe), ranks)
             (tmp_path / recipe).write_text(json.dumps([found.losses, found.grad_norms]))
         groups.finalize()
 
     def together(ranks: RankEnv) -> None:
         groups.start(ranks)
-        references = {recipe: Trace(*map(tuple, json.loads((tmp_path / recipe).read_text()))) for recipe in LAYOUTS}
+        references = {recipe: Trace(*map(tuple, json.loads((tmp_path / recipe).read_text()))) for recipe in recipes}
         for recipe, layouts in chosen.items():
             for parallel, exact in layouts:
                 found = trace(fp8(recipe, parallel=parallel), ranks)
@@ -110,6 +117,7 @@ def test_layouts_equal_one_process(tmp_path: Path, chosen: dict[str, tuple[tuple
     run_ranks(together, world_size=2)
 
 
+@pytest.mark.long
 def test_token_choice_equals_one_process(tmp_path: Path) -> None:
     """Ranks have other numbers of empty slots than one process, which must not count in the scales of experts."""
 
@@ -145,6 +153,7 @@ SPLIT: tuple[tuple[str, str, dict[str, Any], int], ...] = (
 )
 
 
+@pytest.mark.long
 def test_split_sequences_equal_one_process(tmp_path: Path) -> None:
     padded = {"document_multiple": 8}
 
@@ -198,7 +207,7 @@ UNTIED: dict[str, tuple[tuple[str, dict[str, Any], int, str | None], ...]] = {
     ),
     "mot_4t1i_token_choice": (("delayed", TP2, 1, None), ("delayed", EP2, 2, "text")),
 }
-ALWAYS_UNTIED = {"mot": 1, "mot_4t1i": 1}  # how many of them every test run takes
+ALWAYS_UNTIED = {"mot": 1, "mot_4t1i": 1}  # how many of them every change takes
 # About one of 100,000 gradients is near enough to the middle between two FP8 values that another order of summation
 # moves it, and then some of those that are computed from it. Weights of some seeds have no such gradient.
 SEEDS = range(1, 7)
@@ -215,6 +224,7 @@ def _untied(model: str, recipe: str, *, seed: int = 0, parallel: dict[str, Any] 
     return with_recipe(made.model_copy(update=update), recipe)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("model", "chosen"),
     [(model, UNTIED[model][:count]) for model, count in ALWAYS_UNTIED.items()]
@@ -288,7 +298,9 @@ def _disagree(chunks: list[torch.nn.Module]) -> None:
         product.together = []
 
 
-@pytest.mark.parametrize("name", ["ep", pytest.param("tp", marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(
+    "name", [pytest.param("ep", marks=pytest.mark.long), pytest.param("tp", marks=pytest.mark.exhaustive)]
+)
 def test_scales_go_on_after_a_restart_and_under_another_layout(tmp_path: Path, name: str) -> None:
     """Two steps, a checkpoint and two more are four in one go, bit for bit; one process reads what two have written."""
 

@@ -27,15 +27,22 @@ LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
     "moma_frozen": {"tp2": {"tp": 2}, "ep2": {"ep": 2}},
     "mot_4t1i_token_choice": {"tp2": {"tp": 2}, "ep2": {"ep": 2}},
 }
-# The optimizer of every test run; `exhaustive` has the other one.
+# The optimizer of every change; `exhaustive` has the other one.
 ALWAYS = {"mot_frozen": "muon", "moma_frozen": "adamw", "mot_4t1i_token_choice": "adamw"}
+SHORT = "moma_frozen"  # the model of `make test`
 assert ALWAYS.keys() == LAYOUTS.keys() == FREEZE.keys()
+
+
+def _marks(model: str, always: bool) -> Any:
+    if not always:
+        return pytest.mark.exhaustive
+    return () if model == SHORT else pytest.mark.long
 
 
 @pytest.mark.parametrize(
     ("model", "optimizer"),
     [
-        pytest.param(model, optimizer, marks=() if optimizer == always else pytest.mark.exhaustive)
+        pytest.param(model, optimizer, marks=_marks(model, optimizer == always))
         for model, always in ALWAYS.items()
         for optimizer in ("adamw", "muon")
     ],

@@ -181,13 +181,22 @@ def _assert_seen(
             assert any(fault.differs in name for name in named), (why, named)
 
 
-def test_every_fault_is_seen_and_named(references: References, tmp_path: Path) -> None:
-    for model in {fault.model for fault in FAULTS.values()}:
+SHORT = ("an expert norm's gradient is doubled", "shared experts learn from one replica")  # in `make test`
+
+
+@pytest.mark.parametrize(
+    "names",
+    [SHORT, pytest.param(tuple(why for why in FAULTS if why not in SHORT), marks=pytest.mark.long)],
+    ids=["", "more"],
+)
+def test_every_fault_is_seen_and_named(references: References, names: tuple[str, ...], tmp_path: Path) -> None:
+    faults = {why: FAULTS[why] for why in names}
+    for model in {fault.model for fault in faults.values()}:
         references.get(config(model))
 
     def ranks_do(ranks: RankEnv) -> None:
         start(ranks)
-        _assert_seen(references, FAULTS, ranks, tmp_path)
+        _assert_seen(references, faults, ranks, tmp_path)
         process_groups.finalize()
 
     run_ranks(ranks_do, world_size=2, timeout_s=600)
@@ -219,6 +228,7 @@ def _in_bf16(references: References, faults: dict[str, Fault], models: set[str],
     run_ranks(ranks_do, world_size=2, timeout_s=400)
 
 
+@pytest.mark.long
 def test_faults_are_seen_in_bf16(references: References, tmp_path: Path) -> None:
     """Those of one model; choices of tokens are repeated, so that what differs is rounding."""
     faults = {why: fault for why, fault in IN_BF16.items() if fault.model == PER_EXPERT}

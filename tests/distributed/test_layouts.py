@@ -84,7 +84,7 @@ def _fits(model: str, layouts: dict[str, dict[str, Any]]) -> dict[str, dict[str,
     }
 
 
-# In every test run one model meets every kind of parallelism, recompute, overlap and chunk, where a row has several of
+# At every change one model meets every kind of parallelism, recompute, overlap and chunk, where a row has several of
 # them at once; a kind of expert, norm or choice meets the rows that could treat it differently. `exhaustive` has the
 # rest of the product. ep2 has two replicas, as dp2 has.
 EVERYTHING = "moma_depth_joint"
@@ -125,28 +125,38 @@ ALWAYS: dict[int, dict[str, tuple[str, ...]]] = {
 }
 
 
+# `make test` has these, which meet every kind of parallelism; `make test-long` the other models.
+SHORT: dict[int, tuple[str, ...]] = {2: (EVERYTHING, "dense_tied", "mot_4t1i", "moma_token_choice"), 4: (EVERYTHING,)}
+
+
+def _rows(world_size: int) -> list[Any]:
+    """Names of the models of every change."""
+    short = SHORT[world_size]
+    return [name if name in short else pytest.param(name, marks=pytest.mark.long) for name in ALWAYS[world_size]]
+
+
 def _chosen(model: str, layouts: dict[str, dict[str, Any]], world_size: int, *, rest: bool) -> dict[str, Any]:
-    """The layouts of every test run, or the rest of them."""
+    """The layouts of every change, or the rest of them."""
     always, fits = ALWAYS[world_size].get(model, ()), _fits(model, layouts)
     assert set(always) <= fits.keys(), f"{model} has no layouts {set(always) - fits.keys()}"
     return {name: p for name, p in fits.items() if (name in always) is not rest}
 
 
-@pytest.mark.parametrize("model", ALWAYS[2])
+@pytest.mark.parametrize("model", _rows(2))
 def test_two_ranks_equal_one_process(references: References, model: str, tmp_path: Path) -> None:
     _run(references, model, tmp_path, 2, _chosen(model, TWO_RANKS, 2, rest=False))
 
 
-@pytest.mark.parametrize("model", ALWAYS[4])
+@pytest.mark.parametrize("model", _rows(4))
 def test_four_ranks_equal_one_process(references: References, model: str, tmp_path: Path) -> None:
     _run(references, model, tmp_path, 4, _chosen(model, FOUR_RANKS, 4, rest=False))
 
 
 def _with_rest(layouts: dict[int, dict[str, Any]], always: dict[int, tuple[str, ...]]) -> list[Any]:
-    """Names of layouts per number of ranks: those of every test run, and the exhaustive rest."""
+    """Names of layouts per number of ranks: those of every change, and the exhaustive rest."""
     rest = {size: tuple(name for name in layouts[size] if name not in always[size]) for size in layouts}
     return [
-        *(pytest.param(size, names, id=str(size)) for size, names in always.items()),
+        *(pytest.param(size, names, id=str(size), marks=pytest.mark.long) for size, names in always.items()),
         *(
             pytest.param(size, rest[size], id=f"{size}-rest", marks=pytest.mark.exhaustive)
             for size in rest
@@ -197,6 +207,7 @@ def test_stages_of_unequal_numbers_of_layers(
     )
 
 
+@pytest.mark.long
 def test_fewer_key_value_heads_than_tensor_parallel_ranks(references: References, tmp_path: Path) -> None:
     """Ranks share the head."""
     layouts = {name: TWO_RANKS[name] for name in ("tp2_recompute",)}
@@ -215,7 +226,7 @@ ANSWERS_ALWAYS = ("pp2_interleaved_loss_chunks", "ep2", "cp2")
 @pytest.mark.parametrize(
     ("model", "names"),
     [
-        pytest.param("moma_depth_joint", ANSWERS_ALWAYS, id="moma_depth_joint"),
+        pytest.param("moma_depth_joint", ANSWERS_ALWAYS, id="moma_depth_joint", marks=pytest.mark.long),
         pytest.param(
             "moma_depth_joint",
             tuple(name for name in ANSWERS if name not in ANSWERS_ALWAYS),
@@ -239,7 +250,10 @@ MASKED = {
 
 @pytest.mark.parametrize(
     "model",
-    ["moma_depth_joint", *(pytest.param(one, marks=pytest.mark.exhaustive) for one in ("mot", "moe_token_choice"))],
+    [
+        pytest.param("moma_depth_joint", marks=pytest.mark.long),
+        *(pytest.param(one, marks=pytest.mark.exhaustive) for one in ("mot", "moe_token_choice")),
+    ],
 )
 def test_documents_with_holes(references: References, model: str, tmp_path: Path) -> None:
     """Causal masking: holes are no labels, parts of images too."""
@@ -263,7 +277,7 @@ def test_every_model_under_every_layout(references: References, model: str, worl
 @pytest.mark.parametrize(
     ("absent", "names"),
     [
-        pytest.param("image", ("tp2", "ep2", "pp2_recompute"), id="image"),
+        pytest.param("image", ("tp2", "ep2", "pp2_recompute"), id="image", marks=pytest.mark.long),
         pytest.param("image", ("pp2", "dp2_overlap"), id="image-rest", marks=pytest.mark.exhaustive),
         pytest.param(
             "text", ("tp2", "pp2", "ep2", "dp2_overlap", "pp2_recompute"), id="text", marks=pytest.mark.exhaustive
@@ -279,7 +293,11 @@ def test_a_modality_may_be_missing_in_a_micro_batch(
 
 @pytest.mark.parametrize(
     "model",
-    ["moma_depth", "moma_actual", "mot_4t1i", pytest.param("moma_actual_micro_batch", marks=pytest.mark.exhaustive)],
+    [
+        "moma_depth",
+        *(pytest.param(one, marks=pytest.mark.long) for one in ("moma_actual", "mot_4t1i")),
+        pytest.param("moma_actual_micro_batch", marks=pytest.mark.exhaustive),
+    ],
 )
 def test_a_text_only_rank_neither_hangs_nor_loses_gradients(references: References, model: str, tmp_path: Path) -> None:
     """With two micro-batches a step, the rank with odd numbers never sees an image."""

@@ -85,7 +85,7 @@ def equals_one_process(
     run_ranks(steps, world_size=world_size, timeout_s=600)
 
 
-# Every test run has each kind of parallelism once; the rest is exhaustive.
+# Every change has each kind of parallelism once, `make test` some of them; the rest is exhaustive.
 ALWAYS: dict[tuple[str, int], tuple[str, ...]] = {
     ("moma_depth", 2): ("ep2", "cp2", "pp2_interleaved"),
     ("mot", 2): ("tp2", "dp2_overlap"),
@@ -104,7 +104,12 @@ def _rest(model: str, size: int) -> tuple[str, ...]:
 @pytest.mark.parametrize(
     ("model", "world_size", "names"),
     [
-        *(pytest.param(model, size, names, id=f"{model}-{size}") for (model, size), names in ALWAYS.items()),
+        *(
+            pytest.param(
+                *(model, size, names), id=f"{model}-{size}", marks=() if model == "moma_depth" else pytest.mark.long
+            )
+            for (model, size), names in ALWAYS.items()
+        ),
         *(
             pytest.param(model, size, _rest(model, size), id=f"{model}-{size}-rest", marks=pytest.mark.exhaustive)
             for model, size in [*((model, size) for model in MODELS for size in LAYOUTS), ("moma", 4)]
@@ -149,6 +154,7 @@ def expected(made: Config, name: str, weight: Tensor, gradients: list[Tensor]) -
     return weight
 
 
+@pytest.mark.long
 def test_emulated_fp8_under_layouts(references: References) -> None:
     """The first step equals one process, later ones are close, as for TP in test_fp8_layouts.py.
 
@@ -241,7 +247,11 @@ def test_steps_equal_a_slow_reference(model: str, nesterov: bool) -> None:
     run_ranks(ranks_do, world_size=1, timeout_s=300)
 
 
-@pytest.mark.parametrize("parallel", [{}, {"tp": 2}, {"ep": 2}], ids=["dp2", "tp2", "ep2"])
+@pytest.mark.parametrize(
+    "parallel",
+    [{}, *(pytest.param(one, marks=pytest.mark.long) for one in ({"tp": 2}, {"ep": 2}))],
+    ids=["dp2", "tp2", "ep2"],
+)
 def test_state_and_messages_are_those_of_the_plan(
     tmp_path: Path, parallel: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -291,7 +301,13 @@ RESUMED: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(
-    "row", [*RESUMED[:3], pytest.param(RESUMED[3], marks=pytest.mark.exhaustive)], ids=lambda row: row[0]
+    "row",
+    [
+        RESUMED[0],
+        *(pytest.param(row, marks=pytest.mark.long) for row in RESUMED[1:3]),
+        pytest.param(RESUMED[3], marks=pytest.mark.exhaustive),
+    ],
+    ids=lambda row: row[0],
 )
 def test_same_layout_goes_on_exactly(tmp_path: Path, row: tuple[str, dict[str, Any], dict[str, Any], str]) -> None:
     """Two steps, a checkpoint, and two more equal four steps, bit for bit; matrices have no second moment."""

@@ -161,7 +161,7 @@ SAME_TOO: dict[str, list[tuple[str, dict[str, Any]]]] = {
 
 
 @pytest.mark.parametrize("rows", [SAME, pytest.param(SAME_TOO, marks=pytest.mark.exhaustive)], ids=["", "more"])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.long)])
 def test_same_layout_goes_on_exactly(
     tmp_path: Path, dtype: str, rows: dict[str, list[tuple[str, dict[str, Any]]]]
 ) -> None:
@@ -237,6 +237,7 @@ def test_moma_goes_on_under_every_other_layout(tmp_path: Path, legs: Sequence[tu
     _chain("moma_depth_joint", tmp_path, legs)
 
 
+@pytest.mark.long
 def test_token_choice_goes_on_under_other_layouts(tmp_path: Path) -> None:
     """Biases are among the tensors that are compared."""
     legs = [CHAIN[number] for number in (1, 4, 7, 9)]
@@ -257,7 +258,8 @@ MATRIX: tuple[tuple[int, dict[str, Any]], ...] = (
 )
 
 
-# Every test run has one of them: the chain above reads under each of these layouts what another one wrote.
+# Every change has one of them: the chain above reads under each of these layouts what another one wrote.
+@pytest.mark.long
 @pytest.mark.parametrize("matrix", [MATRIX[1:2], pytest.param(MATRIX, marks=pytest.mark.exhaustive)], ids=["", "all"])
 def test_the_next_four_steps_under_every_layout(tmp_path: Path, matrix: tuple[tuple[int, dict[str, Any]], ...]) -> None:
     """Row 16 of the fault matrix: saved by four ranks, asynchronously, after two steps; with the optimizer's state.

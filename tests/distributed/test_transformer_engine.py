@@ -16,8 +16,8 @@ from tests.te_on_cpu import install
 
 ROOT = Path(__file__).parents[2]
 CHECKS = ROOT / "tests" / "te_on_cpu"
-EVERY_CHANGE = (
-    "checks_layers.py",
+SHORT = ("checks_layers.py",)
+LONG = (
     "checks_attention.py",
     "checks_context.py",
     "checks_checkpoints.py",
@@ -46,7 +46,12 @@ def run_checks(*names: str, plugin: str = "tests.te_on_cpu.plugin", timeout_s: f
 
 
 def test_over_transformer_engines_python() -> None:
-    run_checks(*EVERY_CHANGE, timeout_s=900)
+    run_checks(*SHORT, timeout_s=600)
+
+
+@pytest.mark.long
+def test_more_over_transformer_engines_python() -> None:
+    run_checks(*LONG, timeout_s=900)
 
 
 @pytest.mark.exhaustive
@@ -60,4 +65,4 @@ def test_what_needs_a_gpu_where_torch_says_that_there_is_one() -> None:
 
 
 def test_every_file_of_checks_is_run() -> None:
-    assert {path.name for path in CHECKS.glob("checks_*.py")} == {*EVERY_CHANGE, "checks_matrix.py", "checks_gpu.py"}
+    assert {path.name for path in CHECKS.glob("checks_*.py")} == {*SHORT, *LONG, "checks_matrix.py", "checks_gpu.py"}

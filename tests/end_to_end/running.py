@@ -49,6 +49,7 @@ class Ended:
 
 def mmscale(*arguments: str | Path, nproc: int = 1, timeout_s: float = 300.0) -> Ended:
     """`mmscale ARGUMENTS` as forked ranks, with the environment of ranks of `--nproc`."""
+    import mmscale.cli
     import mmscale.inference.evaluate
     import mmscale.train.proof.verify_layout
     import mmscale.train.run  # noqa: F401  what forks would import one by one

@@ -64,6 +64,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, first: int, last: int, how: Any) -> 
     monkeypatch.setattr(Mixture, "micro_batch", micro_batch)
 
 
+@pytest.mark.long
 def test_a_roll_back_is_told_and_survives_kill_9(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Not asynchronous: which save is still under way when the next is due, and left out, depends on the machine's load.
     settings = (*SETTINGS, "checkpoint.asynchronous=false")
@@ -111,6 +112,7 @@ def test_a_roll_back_is_told_and_survives_kill_9(config: Path, tmp_path: Path, m
     assert {line["attempt"] for line in again} == {1, 2} and again[-1]["anomalies/rollback"] == 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("changed", [True, False])
 def test_a_change_of_ones_own_is_no_spike(
     changed: bool, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -68,6 +68,7 @@ def test_a_restored_run_is_evaluated_and_trained_on(run: Path, made: Path, confi
     assert len(one) == 2 and one == other
 
 
+@pytest.mark.long
 def test_a_mean_is_evaluated_and_trained_on_only_when_asked(run: Path, config: Path, tmp_path: Path) -> None:
     mean = tmp_path / "mean" / "tiny"
     done = printed("ckpt", "average", f"{run}@5", f"{run}@{STEP}", mean, "--ema", "0.75")

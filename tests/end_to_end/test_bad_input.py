@@ -188,6 +188,7 @@ def test_a_run_that_never_saved_has_nothing_to_evaluate(trained: Path, tmp_path:
 # --- ranks ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_rank_that_dies_at_start(config: Path, tmp_path: Path) -> None:
     """Its name, how it ended and where its log is; the other rank does not wait for it for ever."""
     site = tmp_path / "site"

@@ -123,6 +123,7 @@ def test_every_routing_is_evaluated_and_says_so(staged: Staged) -> None:
     assert {line.split()[-1] for line in text if line.startswith("loss")} == {"causal", "batch"}
 
 
+@pytest.mark.long
 def test_every_source_of_a_blend_has_its_own_numbers(staged: Staged, digits: Path, tmp_path: Path) -> None:
     run, half = tmp_path / "tiny", tmp_path / "again"
     shutil.copytree(staged.folder, run)

@@ -260,6 +260,7 @@ def finish(chaos: Chaos) -> None:
     raise AssertionError(f"it does not end: {life.said}")
 
 
+@pytest.mark.long
 def test_chaos(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

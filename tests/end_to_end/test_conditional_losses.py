@@ -49,7 +49,13 @@ def conditional(numbers: dict[str, Any], prefix: str = "conditional_loss/") -> d
     return {key.removeprefix(prefix): value for key, value in numbers.items() if key.startswith(prefix)}
 
 
-@pytest.mark.parametrize(("name", "routing"), [("tiny", "causal"), ("tiny", "top1"), ("dense", "batch")])
+@pytest.mark.parametrize(
+    ("name", "routing"),
+    [
+        ("tiny", "causal"),
+        *(pytest.param(*row, marks=pytest.mark.long) for row in (("tiny", "top1"), ("dense", "batch"))),
+    ],
+)
 def test_they_equal_a_slow_reference(exported: Path, digits: Path, name: str, routing: str) -> None:
     run = exported / name
     found = json.loads(ok("eval", run, "--routing", routing, "--json"))
@@ -62,6 +68,7 @@ def test_they_equal_a_slow_reference(exported: Path, digits: Path, name: str, ro
     assert found["loss/text"] != pytest.approx(wanted["text_given_image"], rel=1e-3)
 
 
+@pytest.mark.long
 def test_a_run_and_its_export_report_them(config: Path, tmp_path: Path) -> None:
     """In metrics.jsonl, on the report's page, in the table of `eval`, and on the card of the export."""
     train = (

@@ -111,6 +111,7 @@ def test_the_card_has_what_the_hub_reads(kind: str, dense: Path, moma: Path) -> 
     assert "max_length" not in generation and generation["eos_token_id"] == 2
 
 
+@pytest.mark.long
 def test_the_gate_of_averaged_cut_offs(config: Path, tmp_path: Path) -> None:
     """Competing experts, actual capacity and threshold routing together: no auxiliary routers are needed."""
     cutoffs = (*MAIN, *ROUTED, "model.experts.threshold_decay=0.9", "parallel.ep=1")
@@ -231,6 +232,7 @@ def test_damaged_checkpoint(runs: Path, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
 
 
+@pytest.mark.long
 def test_other_tokenizers(runs: Path, digits: Path, tmp_path: Path) -> None:
     other = Path(shutil.copytree(digits, tmp_path / "other"))
     np.save(other / "image_tokenizer" / "codebook.npy", np.zeros((128, 16), np.uint8))
@@ -248,6 +250,7 @@ def test_other_tokenizers(runs: Path, digits: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "hf").exists()
 
 
+@pytest.mark.long
 def test_tokenizers_of_a_blend(runs: Path, digits: Path, tmp_path: Path) -> None:
     """Those of the data set that has images, though a set of texts stands before it; sets that differ are refused."""
     from checkpoints_tools.huggingface.run_weights import RunWeights
@@ -342,6 +345,7 @@ def forget_the_cache(folder: Path) -> None:
     file.write_text(code.replace(argument, "**{CACHE: past_key_values}"))
 
 
+@pytest.mark.long
 def test_the_gate_generates(runs: Path, tmp_path: Path) -> None:
     """Logits agree with and without a cache, and yet generate() decodes without context: as in transformers 5.24."""
     status, error = forked(damaging("files", forget_the_cache, runs / "tiny", tmp_path / "hf"))
@@ -370,7 +374,7 @@ def test_the_gate_generates_in_every_routing(routing: str, averaging: Path, tmp_
         assert row["trainer"] and row["cached"] == row["uncached"] == row["batched"] == row["trainer"]
 
 
-@pytest.mark.parametrize("stage", ["weights", "files"])
+@pytest.mark.parametrize("stage", ["weights", pytest.param("files", marks=pytest.mark.long)])
 def test_a_killed_export_leaves_nothing_that_loads(stage: str, runs: Path, tmp_path: Path) -> None:
     out = tmp_path / "hf"
     status, _ = forked(damaging(stage, lambda folder: os.kill(os.getpid(), 9), runs / "dense", out))
@@ -432,6 +436,7 @@ def test_bad_folders(dense: Path, tmp_path: Path) -> None:
 # --- in other hands ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_lm_eval_offline(moma: Path, tmp_path: Path) -> None:
     """lm-evaluation-harness on a local task gives the likelihoods that the model gives."""
     pytest.importorskip("lm_eval", reason="pip install -c constraints.txt -e '.[evals]'")

@@ -83,7 +83,9 @@ def assert_nothing_is_lost(run: Path, disk: Disk, reference: dict[int, dict[str,
     assert reason in told[0]["reason"] and told[1]["kept"] >= MORE - 2 and told[1]["lost"] == 0
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [KINDS[0], *(pytest.param(kind, marks=pytest.mark.long) for kind in KINDS[1:])], ids=str
+)
 def test_a_run_goes_on(
     kind: str, config: Path, references: dict[int, dict[int, dict[str, Any]]], tmp_path: Path
 ) -> None:
@@ -108,6 +110,7 @@ def scalars(folder: Path, name: str) -> list[int]:
     return [event.step for event in found.Scalars(name)]
 
 
+@pytest.mark.long
 def test_a_renamed_run_is_saved_where_it_is(
     config: Path, references: dict[int, dict[int, dict[str, Any]]], tmp_path: Path
 ) -> None:

@@ -43,6 +43,7 @@ RUNS: dict[str, tuple[tuple[str, ...], int]] = {  # settings and ranks of the tr
     "dense_depth": (DENSE, 1),
 }
 CAUSAL = ("moma_depth", "dense_depth")  # runs that need auxiliary routers
+EVERYTHING = "moma_depth"
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +129,9 @@ def ratio(one: NDArray[np.float64], other: NDArray[np.float64]) -> NDArray[np.fl
         return one / other
 
 
-@pytest.mark.parametrize("name", list(RUNS))
+@pytest.mark.parametrize(
+    "name", [EVERYTHING, *(pytest.param(one, marks=pytest.mark.long) for one in RUNS if one != EVERYTHING)]
+)
 def test_scores_are_those_of_a_slow_reference(name: str, runs: dict[str, Path], few: Path) -> None:
     results = {kind: score_documents.score_by_run(few, kind, runs[name], reporter=SILENT) for kind in RUN_SCORES}
     heads = results["influence"]["heads"]
@@ -151,6 +154,7 @@ def test_scores_are_those_of_a_slow_reference(name: str, runs: dict[str, Path], 
     assert not (few / ".cache/scores/perplexity").exists()
 
 
+@pytest.mark.long
 def test_long_documents_are_read_in_pieces(runs: dict[str, Path]) -> None:
     """Each token but the first is predicted once, also at the ends of pieces."""
     random = np.random.default_rng(0)
@@ -167,6 +171,7 @@ def test_long_documents_are_read_in_pieces(runs: dict[str, Path]) -> None:
         np.testing.assert_array_equal(only[:, 1], found[:, 1])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", list(RUNS))
 def test_a_masked_head_is_one_without_output(name: str, runs: dict[str, Path], few: Path) -> None:
     """Masking ends with the context, and masks no other head."""
@@ -238,6 +243,7 @@ def test_the_command(runs: dict[str, Path], few: Path, tmp_path: Path) -> None:
     assert found["routing"] == "batch" and not found["trained_on"]
 
 
+@pytest.mark.long
 def test_it_says_when_the_run_trains_on_the_documents(config: Path, few: Path, tmp_path: Path) -> None:
     ended = mmscale("train", config, f"run.dir={tmp_path}", f"data.path={few}", *MAIN, *DENSE, "model.depth=null")
     assert ended.status == 0, ended

@@ -104,6 +104,7 @@ class Heard(TrainingHook):
 """
 
 
+@pytest.mark.long
 def test_the_last_evaluation_is_made_by_a_later_attempt(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,6 +128,7 @@ def test_the_last_evaluation_is_made_by_a_later_attempt(
     assert not heard.exists(), "nothing is left to do"
 
 
+@pytest.mark.long
 def test_a_state_that_a_later_attempt_finds_best_is_saved_as_the_best(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -159,6 +161,7 @@ def test_it_goes_on_only_if_that_is_changed(ended: Path, config: Path, tmp_path:
 
 
 # Only the last stage of a pipeline has a loss, and with cp only of a part: other layouts have no more to agree on.
+@pytest.mark.long
 @pytest.mark.parametrize(
     "layout",
     [pytest.param(n, marks=[] if n in ("pp", "cp") else pytest.mark.exhaustive) for n in LAYOUTS if n != "dp"],

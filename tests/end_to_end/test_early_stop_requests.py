@@ -23,7 +23,7 @@ def loading(config: Path, tmp_path: Path, *, nproc: int = 1) -> tuple[Started, P
     return started, run
 
 
-@pytest.mark.parametrize("nproc", [1, 2])
+@pytest.mark.parametrize("nproc", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_a_run_is_known_while_it_loads_torch(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], nproc: int
 ) -> None:
@@ -42,6 +42,7 @@ def test_a_run_is_known_while_it_loads_torch(
     assert not (run / "events.jsonl").exists()
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("signals_heard")
 def test_a_second_attempt_is_known_while_it_loads_torch(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -27,7 +27,7 @@ def assert_same_numbers(export: dict[str, Any], run: dict[str, Any]) -> None:
     assert {key: value for key, value in export.items() if isinstance(value, float)} == pytest.approx(numbers, rel=SAME)
 
 
-@pytest.mark.parametrize("routing", ["causal", "top1", None])
+@pytest.mark.parametrize("routing", ["causal", *(pytest.param(one, marks=pytest.mark.long) for one in ("top1", None))])
 def test_an_export_measures_what_its_run_measures(exported: Path, routing: str | None) -> None:
     """The run packs documents into sequences of 64 tokens, the export has one in a row."""
     name = "dense" if routing is None else "tiny"
@@ -37,6 +37,7 @@ def test_an_export_measures_what_its_run_measures(exported: Path, routing: str |
     assert export["routing"] == (routing or "none") and export["step"] is None
 
 
+@pytest.mark.long
 def test_the_same_batches_and_every_source_of_a_blend(exported: Path, digits: Path, tmp_path: Path) -> None:
     """Three global batches, of two sources: one in which no question is asked, and one that trains on images only."""
     half, run, hf = tmp_path / "again", tmp_path / "tiny", tmp_path / "hf"

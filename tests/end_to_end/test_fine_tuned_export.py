@@ -51,6 +51,7 @@ def test_a_fine_tuned_export_is_an_export(name: str, exported: Path, tmp_path: P
     assert evaluated(tmp_path / "again", "--batches", "2")["loss"] == pytest.approx(after["loss"], rel=2e-6)
 
 
+@pytest.mark.long
 def test_fine_tuned_in_its_own_folder(exported: Path, tmp_path: Path) -> None:
     """The manifest that stands there is of the model before. A damaged file is still told from a new one."""
     from transformers import AutoModelForCausalLM
@@ -88,6 +89,7 @@ def test_everyone_may_read_an_export(exported: Path) -> None:
         assert stat.S_IMODE(file.stat().st_mode) & stat.S_IRGRP, file
 
 
+@pytest.mark.long
 def test_a_foreign_model_is_exported(digits: Path, tmp_path: Path) -> None:
     """Its run has no data set; `--data` names one, here with a tokenizer that fits the model's."""
     foreign(tmp_path / "hf", "qwen3", vocab_size=384 - len(SPECIAL_TOKENS), max_position_embeddings=64)

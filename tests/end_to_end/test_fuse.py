@@ -78,6 +78,7 @@ def test_each_modality_alone_computes_what_its_model_computes(kind: str, runs: P
     )
 
 
+@pytest.mark.long
 def test_it_trains_on_in_every_layout_and_is_exported(runs: Path, tmp_path: Path) -> None:
     found = {}
     for name, layout in (("one", ()), ("tp2", ("parallel.tp=2",)), ("pp2", ("parallel.pp=2",)), ("dp2", ())):
@@ -102,6 +103,7 @@ def test_it_trains_on_in_every_layout_and_is_exported(runs: Path, tmp_path: Path
     ok("train", tmp_path / "up" / "config.yaml", "parallel.ep=2", "train.steps=2", nproc=2)
 
 
+@pytest.mark.long
 def test_exports_and_the_mean(runs: Path, tmp_path: Path) -> None:
     """A model may be a Hugging Face folder; --average gives the mean of all weights, a dense model."""
     ok("convert", "to-hf", runs / "pre" / "image", tmp_path / "hf")

@@ -34,6 +34,7 @@ def no_grace(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watchdog, "_GRACE_S", 0.1)
 
 
+@pytest.mark.long
 def test_an_evaluation_that_takes_long_is_no_hang(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -54,6 +55,7 @@ def test_an_evaluation_that_is_stuck_is_a_hang(config: Path, tmp_path: Path, mon
     assert report.step == 2 and any("evaluation.py" in line for line in report.stack)
 
 
+@pytest.mark.long
 def test_a_roll_back_that_takes_long_is_no_hang(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     choose = CheckpointManager.choose
 

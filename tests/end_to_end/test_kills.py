@@ -69,6 +69,7 @@ def reference(config: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[in
     return numbers
 
 
+@pytest.mark.long
 def test_killed_at_random_moments(config: Path, reference: dict[int, dict[str, Any]], tmp_path: Path) -> None:
     """Row 1: all ranks with -9, in start, steps and saves; the newest checkpoint is whole, and the end the same."""
     rng, shared = random.Random(1), shared_memory.entries()
@@ -140,6 +141,7 @@ STOPS = {
 GRACE_S = 4  # that save is given up after half of it
 
 
+@pytest.mark.long
 def test_one_rank_is_asked_to_stop(config: Path, reference: dict[int, dict[str, Any]], tmp_path: Path) -> None:
     """Rows 23 and 24: all ranks end with 75 behind a committed save of their last step, whichever rank was asked."""
     lives = Lives(config, tmp_path)
@@ -163,6 +165,7 @@ def test_one_rank_is_asked_to_stop(config: Path, reference: dict[int, dict[str, 
     assert lives.finish() == reference
 
 
+@pytest.mark.long
 def test_storage_that_refuses_does_not_stop_the_training(
     config: Path, reference: dict[int, dict[str, Any]], tmp_path: Path
 ) -> None:

@@ -97,6 +97,7 @@ def test_a_stage_goes_on_after_a_kill(config: Path, digits: Path, main_run: Path
     assert not events(whole, "faults_requested")
 
 
+@pytest.mark.long
 def test_lost_checkpoints_are_given_up_once(config: Path, main_run: Path, tmp_path: Path) -> None:
     """By the first start of a job; one that is started again goes on from its own checkpoints, or refuses."""
     undisturbed = numbers(main_run)

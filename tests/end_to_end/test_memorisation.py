@@ -87,6 +87,7 @@ def test_canaries_are_found_again_by_number_of_copies(planted: dict[str, Path]) 
             assert rows[f"canaries/{copies}"]["memorised"] == pytest.approx(hits / places)
 
 
+@pytest.mark.long
 def test_an_export_and_ranks_measure_the_same(planted: dict[str, Path]) -> None:
     asked = ("--task", "memorisation", "--batches", "1")
     run, export, shared = (
@@ -100,6 +101,7 @@ def test_an_export_and_ranks_measure_the_same(planted: dict[str, Path]) -> None:
     assert any(line.startswith("canaries/8: ") and "contexts memorised (2 documents, read" in line for line in lines)
 
 
+@pytest.mark.long
 def test_scores_of_documents_are_those_of_the_task(planted: dict[str, Path]) -> None:
     """`data score --by memorised:RUN` of the copies of one document."""
     ok("data", "score", planted["set"], "--by", f"memorised:{planted['run']}", "--routing", "batch")

@@ -52,6 +52,7 @@ def losses(run: Path) -> list[str]:
     return [float.hex(record["loss"]) for record in read_metrics(run)]
 
 
+@pytest.mark.long
 def test_a_killed_rank_whose_memory_is_gone(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, killed = tmp_path / "whole" / "tiny", tmp_path / "killed" / "tiny"
     ended = mmscale("train", config, f"run.dir={whole.parent}", *OPTIONS, nproc=NPROC)

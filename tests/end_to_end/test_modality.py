@@ -177,7 +177,7 @@ def test_losses_by_modality(trained: Path) -> None:
     assert any("eval/loss/beats" in line for line in lines)
 
 
-@pytest.mark.parametrize("model", ["beats", "hf"])
+@pytest.mark.parametrize("model", ["beats", pytest.param("hf", marks=pytest.mark.long)])
 def test_generation(model: str, trained: Path, tmp_path: Path) -> None:
     """An item that is begun is whole, whoever begins it; one that is read has the codes of its file."""
     asked = ("sample", trained / model, "--prompt", "a beat ", "--count", "2", "--out", tmp_path, "--json")

@@ -50,6 +50,7 @@ def test_a_change_to_adamw_is_refused_or_trains_on(run: Path, config: Path, tmp_
     assert float(found.read(f"{SECOND}{FC1}").max()) > 0
 
 
+@pytest.mark.long
 def test_an_upcycled_model_trains_on_with_muon(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "up"
     ended = mmscale("ckpt", "upcycle", f"{run}@{STEPS}", out, "--experts", "text=2,image=2", "--keep-moments", "--json")

@@ -62,6 +62,7 @@ def resumed(folder: Path) -> list[int]:
     return [event["step"] for event in read_events(folder) if event["event"] == "resume"]
 
 
+@pytest.mark.long
 def test_killed_in_every_part_it_ends_with_the_same_numbers(config: Path, digits: Path, tmp_path: Path) -> None:
     settings = ("train.steps=20", "checkpoint.every=3", "train.eval_every=10")
     stage = ("--stage", "auxiliary", "auxiliary.steps=80", "auxiliary.checkpoint_every=10")
@@ -115,6 +116,7 @@ def _killed(make: Started) -> None:
     assert make.process.wait() == -signal.SIGKILL
 
 
+@pytest.mark.long
 @pytest.mark.skipif(REFERENCE is None, reason="needs minutes and an undisturbed quickstart: `make killed`")
 def test_make_quickstart_killed_in_every_part(tmp_path: Path) -> None:
     """`make quickstart`, started four times, killed three times: the numbers of REFERENCE, from the same code."""

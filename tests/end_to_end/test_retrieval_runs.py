@@ -49,6 +49,7 @@ def test_a_run_with_neighbours(config: Path, digits: Path, tmp_path: Path) -> No
         assert mmscale("eval", tmp_path / "whole", "--neighbours", wrong).status == 2
 
 
+@pytest.mark.long
 def test_an_export_is_evaluated_with_neighbours_as_its_run(exported: Path, digits: Path, tmp_path: Path) -> None:
     """Also of a run that was not trained with any; the tiny model has experts and auxiliary routers."""
     folder = tmp_path / "data"

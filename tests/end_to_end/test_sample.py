@@ -48,7 +48,7 @@ def seven(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-@pytest.mark.parametrize("name", ["tiny", "dense"])
+@pytest.mark.parametrize("name", ["tiny", pytest.param("dense", marks=pytest.mark.long)])
 def test_run_and_export_give_the_same_pictures(name: str, exported: Path, seven: Path, tmp_path: Path) -> None:
     ways: list[tuple[str | Path, ...]] = [
         ("--prompt", "two of <image> are", "--image", seven, "--count", "3", "--top-k", "40", "--guidance", "2")

@@ -107,6 +107,7 @@ def test_resumed_bit_by_bit_even_if_the_main_run_goes_on(folder: Path, tuned: Tu
         assert {key: resumed[step].get(key) for key in EXACT} == {key: line.get(key) for key in EXACT}
 
 
+@pytest.mark.long
 def test_muon_fine_tunes_alike_in_layouts_and_after_a_stop(folder: Path, tuned: Tuned, tmp_path: Path) -> None:
     muon = ("sft.optim.optimizer=muon", "sft.optim.schedule=constant")
     whole = stage(folder, tmp_path / "whole", *muon)
@@ -119,6 +120,7 @@ def test_muon_fine_tunes_alike_in_layouts_and_after_a_stop(folder: Path, tuned: 
         assert spread[step]["loss"] == pytest.approx(line["loss"], rel=2e-5), step
 
 
+@pytest.mark.long
 def test_token_choice_is_fine_tuned_and_its_biases_move_on(folder: Path, tmp_path: Path) -> None:
     """In one process and over two expert-parallel ranks; the biases of the main run are where they begin."""
     choice = ("model.experts.token_choice={bias_rate: 0.01}", "model.depth=null")

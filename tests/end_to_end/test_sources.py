@@ -73,6 +73,7 @@ def test_a_corpus_and_a_folder_of_hugging_face_train_together(tmp_path: Path) ->
     assert ended.status == 0 and json.loads(ended.out)["damaged"] == {}
 
 
+@pytest.mark.long
 def test_a_bucket_trains(tmp_path: Path) -> None:
     """fsspec's local store stands for one; test_s3_documents.py has a server that speaks S3."""
     documents(tmp_path / "in", 40)

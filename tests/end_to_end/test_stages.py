@@ -156,6 +156,7 @@ def test_profile_and_early_saves(undisturbed: Undisturbed) -> None:
     assert set(course.store.steps()) >= early and (1 in course.store.steps()) == (course.stage == MAIN)
 
 
+@pytest.mark.long
 def test_killed_stopped_and_refused_its_storage(courses: Courses, undisturbed: Undisturbed, tmp_path: Path) -> None:
     course = courses.course(tmp_path)
     life = course.live("1:5:step:kill")
@@ -172,6 +173,7 @@ def test_killed_stopped_and_refused_its_storage(courses: Courses, undisturbed: U
     assert [event["step"] for event in course.events("resume")][-2:] == [7, 7]
 
 
+@pytest.mark.long
 def test_a_rank_that_hangs_is_named(courses: Courses, undisturbed: Undisturbed, tmp_path: Path) -> None:
     # With the watch's own grace: ranks look once a second, and the one that waits must have reported too.
     course = courses.course(tmp_path)
@@ -182,6 +184,7 @@ def test_a_rank_that_hangs_is_named(courses: Courses, undisturbed: Undisturbed, 
     assert course.finish() == undisturbed[1]
 
 
+@pytest.mark.long
 def test_a_gradient_that_is_not_finite_is_left_out(
     courses: Courses, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -210,6 +213,7 @@ def test_a_gradient_that_is_not_finite_is_left_out(
     assert read_metrics(course.folder)[-1]["anomalies/skip"] == 1
 
 
+@pytest.mark.long
 def test_stopped_within_an_evaluation(courses: Courses, undisturbed: Undisturbed, tmp_path: Path) -> None:
     """A request is heard between two batches; the next start evaluates, and is stopped in it too."""
     course = courses.course(tmp_path)

@@ -81,7 +81,7 @@ def test_held_out_losses_are_causal_as_they_are(runs: Path) -> None:
     assert batch and held_out("--routing", "causal") == batch == held_out("--routing", "batch")
 
 
-@pytest.mark.parametrize("name", ["tc", "mixed", "depth"])
+@pytest.mark.parametrize("name", ["tc", *(pytest.param(one, marks=pytest.mark.long) for one in ("mixed", "depth"))])
 def test_an_export_computes_the_same_and_comes_back(name: str, runs: Path, tmp_path: Path) -> None:
     if name == "depth":  # Mixture-of-Depths layers still choose among tokens
         stage = ("--stage", "auxiliary", "auxiliary.steps=4", "auxiliary.calibration_batches=2", "parallel.ep=1")
@@ -107,7 +107,7 @@ def dense(config: Path, runs: Path) -> Path:
     return runs / "dense"
 
 
-@pytest.mark.parametrize("groups", ["text=4,image=3", "mixed=6"])
+@pytest.mark.parametrize("groups", ["text=4,image=3", pytest.param("mixed=6", marks=pytest.mark.long)])
 def test_upcycling_with_several_choices_changes_nothing(groups: str, dense: Path, tmp_path: Path) -> None:
     """Gates add up to 1 and experts are copies. A token that one expert takes gets about half."""
 

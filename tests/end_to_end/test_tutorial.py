@@ -83,6 +83,7 @@ def run(line: str) -> str:
     return done.out + done.err
 
 
+@pytest.mark.long
 def test_every_command_of_the_page(place: Path) -> None:
     said: dict[str, str] = {}
     programs = []

@@ -19,6 +19,8 @@ from tests.slurm import pyxis_shim
 from tests.slurm.jobs import ROOT, Jobs, Run, assert_equal
 from tests.slurm.stub_rank import ENVIRONMENT
 
+pytestmark = pytest.mark.long
+
 _APPTAINER = ROOT / ".venv" / "apptainer" / "bin"  # made by `make apptainer`
 HIDDEN = Path("/var/lib")  # of the host, and in no image here
 RUNTIMES = {"pyxis": [], "apptainer": ["--userns"]}  # and options: root here has not all capabilities

@@ -22,6 +22,8 @@ from mmscale.runtime.rank_env import expand_hostlist
 from slurm.local.cluster import Cluster
 from tests.slurm.jobs import Jobs, Run, assert_equal, shown, steps_done_again
 
+pytestmark = pytest.mark.long
+
 
 def test_a_killed_rank_ends_all_and_the_run_goes_on_by_itself(jobs: Jobs, reference: list[dict[str, Any]]) -> None:
     run = jobs.launch(slow_s=0.0, faults="1:*:begin:slow=0.15")

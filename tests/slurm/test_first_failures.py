@@ -26,7 +26,7 @@ ROWS: dict[str, list[tuple[str, int, int, bool, str]]] = {
 }
 
 
-@pytest.mark.parametrize("ranks", ROWS)
+@pytest.mark.parametrize("ranks", ["srun", pytest.param("torchrun", marks=pytest.mark.long)])
 def test_the_first_rank_that_failed_is_named_and_decides(jobs: Jobs, ranks: str) -> None:
     asked = jobs.with_profile(ranks=ranks, keep=["MASTER_ADDR", "PYTHON_EXEC"])
     for number, (ends, *_) in enumerate(ROWS[ranks]):

@@ -21,6 +21,8 @@ from slurm.local.cluster import Cluster
 from tests.slurm.conftest import STEPS
 from tests.slurm.jobs import Jobs, Run, assert_equal, shown, steps_done_again
 
+pytestmark = pytest.mark.long
+
 
 @dataclass(frozen=True)
 class Story:

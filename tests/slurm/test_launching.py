@@ -38,6 +38,7 @@ def mmscale(*arguments: str | Path, **more: Any) -> subprocess.CompletedProcess[
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE_S, **more)
 
 
+@pytest.mark.long
 def test_the_command_submits_what_the_dry_run_printed(jobs: Jobs, profile: Path) -> None:
     arguments = ("launch", jobs.config, f"run.dir={jobs.folder}", *FEW, "--cluster", profile, "--nodes", "2")
     printed = mmscale(*arguments, "--dry-run")
@@ -94,6 +95,7 @@ def test_srun_takes_the_arguments_of_the_example_profile(cluster: Cluster) -> No
     assert cluster.run("srun", "--nodes=1", "--ntasks=2", *arguments, "echo", "here") == "here\nhere\n"
 
 
+@pytest.mark.long
 def test_blocks_of_nodes_of_the_example_profile(jobs: Jobs, cluster: Cluster) -> None:
     """`--segment`: 24.11 takes it; a SLURM that does not know it is quoted, and no job is left."""
     example = yaml.safe_load(re.sub(r"(?m)^# (?=sbatch: )", "", (ROOT / "configs/cluster/h100.yaml").read_text()))
@@ -111,6 +113,7 @@ def test_blocks_of_nodes_of_the_example_profile(jobs: Jobs, cluster: Cluster) ->
     assert "#SBATCH --segment=2\n" in script.read_text()
 
 
+@pytest.mark.long
 @pytest.mark.mpi
 @pytest.mark.skipif(MPIRUN is None, reason="no mpirun: pip install 'mmscale[mpi]'")
 @pytest.mark.skipif(importlib.util.find_spec("mpi4py") is None, reason="no mpi4py: pip install 'mmscale[mpi]'")
@@ -140,6 +143,7 @@ def test_mpirun_in_a_batch_script_trains_over_all_nodes(
     assert "MMSCALE_LAUNCHER=mpi if mpirun started the ranks" in log.read_text()
 
 
+@pytest.mark.long
 def test_a_sweep_and_a_chain(jobs: Jobs) -> None:
     first = jobs.launch(*FEW, nodes=1, slow_s=0.0, sweep=["optim.lr=1e-4,3e-4"])
     one, other = jobs.runs
@@ -174,6 +178,7 @@ def test_a_job_that_waits_is_stopped_at_once(jobs: Jobs) -> None:
         control.stop(run.folder)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("busy")
 def test_resume_asks_for_what_the_launch_asked_for(jobs: Jobs) -> None:
     """--time and its like replace the profile's values until other ones, or another profile, are passed."""
@@ -194,6 +199,7 @@ def test_resume_asks_for_what_the_launch_asked_for(jobs: Jobs) -> None:
         assert {name: value for name, _, value in (word.partition("=") for word in said) if name in wanted} == wanted
 
 
+@pytest.mark.long
 def test_without_slurm_a_killed_rank_is_restarted_and_stop_and_resume_work(
     config: Path, tmp_path: Path, reference: list[dict[str, Any]]
 ) -> None:

@@ -56,6 +56,7 @@ def until(condition: Callable[[], bool], what: str) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.long
 def test_up_by_hand_a_job_and_down_without_leftovers(tmp_path: Path) -> None:
     folder = tmp_path / "cluster"
     up = by_hand("up", "--nodes", "2", "--dir", str(folder), "--print-env")
@@ -82,6 +83,7 @@ def test_up_by_hand_a_job_and_down_without_leftovers(tmp_path: Path) -> None:
     assert by_hand("down", "--dir", str(folder)).returncode == 0  # nothing is there, and nothing happens
 
 
+@pytest.mark.long
 def test_a_killed_keeper_takes_its_daemons_along(tmp_path: Path) -> None:
     cluster = Cluster.up(tmp_path / "cluster", nodes=1)
     try:
@@ -95,6 +97,7 @@ def test_a_killed_keeper_takes_its_daemons_along(tmp_path: Path) -> None:
     assert not cluster.folder.exists()
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not node_networks.possible(), reason="no network namespaces (not root)")
 def test_a_node_is_cut_off_and_no_interface_is_left(tmp_path: Path) -> None:
     cluster = Cluster.up(tmp_path / "cluster", nodes=2, networks=True)

@@ -41,6 +41,7 @@ def examined(
         monkeypatch.undo()
 
 
+@pytest.mark.long
 def test_a_check_that_breaks_on_one_node_ends_no_other(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = "[ $SLURMD_NODENAME = n2 ] && exit 3; sleep 1"  # n1 is still at it when n2 has ended
     found = examined(jobs, monkeypatch, hosts="n[1-2]", script=broken)
@@ -48,6 +49,7 @@ def test_a_check_that_breaks_on_one_node_ends_no_other(jobs: Jobs, monkeypatch: 
     assert "no answer" in found["n2"].text and found["n2"].cordon
 
 
+@pytest.mark.long
 def test_the_only_node_of_a_job_answers_for_itself_alone(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
     """A full file system is found on every node that the run comes to."""
     shared = examined(jobs, monkeypatch, hosts="n1", script="", disk_gb=1e9)
@@ -58,6 +60,7 @@ def test_the_only_node_of_a_job_answers_for_itself_alone(jobs: Jobs, monkeypatch
     assert not silent["n1"].cordon and "no answer" in silent["n1"].text
 
 
+@pytest.mark.long
 def test_a_full_file_system_ends_a_job_of_one_node_and_cordons_none(jobs: Jobs) -> None:
     content = yaml.safe_load(jobs.profile.read_text())
     content["preflight"] |= {"disk_gb": 1e9}

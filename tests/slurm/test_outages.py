@@ -17,6 +17,8 @@ from slurm.local.cluster import Cluster
 from tests.slurm.jobs import Jobs, Run, shown
 from tests.slurm.stub_rank import HOLD
 
+pytestmark = pytest.mark.long
+
 STEPS = "train.steps=20"
 
 

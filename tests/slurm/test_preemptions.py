@@ -37,7 +37,6 @@ def configurable(cluster: Cluster) -> Iterator[Cluster]:
     cluster.configure()
 
 
-@pytest.mark.slow
 @pytest.mark.exhaustive
 def test_preemptions_at_random_moments(jobs: Jobs, configurable: Cluster, reference: list[dict[str, Any]]) -> None:
     moments = random.Random(SEED)

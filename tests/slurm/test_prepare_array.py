@@ -16,6 +16,8 @@ from slurm.local.cluster import Cluster
 from tests.slurm.jobs import DEADLINE_S, POLL_S, ROOT
 from tests.unit.data.samples import corpus, files_of
 
+pytestmark = pytest.mark.long
+
 SPEC = """
 vocab: {modalities: [{name: text, size: 300}, {name: image, size: 16}]}
 model: {kind: dense, num_layers: 1, hidden_size: 64, ffn_hidden_size: 64, num_attention_heads: 1}

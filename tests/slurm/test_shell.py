@@ -37,6 +37,7 @@ def test_module_works_in_setup_and_secrets_reach_ranks(jobs: Jobs, monkeypatch: 
     assert len(left) == LAUNCH_FILES, left
 
 
+@pytest.mark.long
 def test_setup_that_fails_is_no_run_that_trains(jobs: Jobs) -> None:
     run = jobs.with_profile(setup=["module load cuda"]).launch(FEW, nodes=1, stub=True)
     ended = run.until_ended()
@@ -45,6 +46,7 @@ def test_setup_that_fails_is_no_run_that_trains(jobs: Jobs) -> None:
     assert "error: setup of the profile failed" in next(run.folder.glob("launch/001/submitit/*_log.out")).read_text()
 
 
+@pytest.mark.long
 def test_ranks_that_never_meet_are_said_not_to_and_stop_is_heard(jobs: Jobs) -> None:
     asked = jobs.with_profile(start_hint_after="4s")
     run = asked.launch(FEW, nodes=1, stub=True, environment={f"MMSCALE_{DEAF}": "1"})

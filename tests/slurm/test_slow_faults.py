@@ -26,7 +26,7 @@ from slurm.local import node_networks
 from slurm.local.cluster import Cluster, missing_programs
 from tests.slurm.jobs import DEADLINE_S, POLL_S, PROFILE, Jobs, Run, assert_equal, steps_done_again
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 NODES = 10
 
 

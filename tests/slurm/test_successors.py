@@ -72,6 +72,7 @@ def test_a_chain_goes_on_where_no_job_comes_back(jobs: Jobs, cancelling: Cluster
     assert_undisturbed(run, 60)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("lost", [1, pytest.param(0, marks=pytest.mark.exhaustive)])
 def test_a_node_dies_where_no_job_comes_back(jobs: Jobs, cluster: Cluster, lost: int) -> None:
     """All processes of a node and its slurmd, with the job's own process (0) or without it."""
@@ -101,6 +102,7 @@ def test_a_node_dies_where_no_job_comes_back(jobs: Jobs, cluster: Cluster, lost:
         cluster.restore()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("failure", "end", "state"),
     [
@@ -123,6 +125,7 @@ def test_stop_ends_the_chain(jobs: Jobs, failure: str, end: tuple[str, int], sta
     assert len(run.events("launch")) == 1
 
 
+@pytest.mark.long
 def test_a_save_that_fails_each_time_is_not_requeued_for_ever(jobs: Jobs) -> None:
     more: dict[str, Any] = {"nodes": 1, "slow_s": 0.2, "stub": True, "environment": {f"MMSCALE_{FAIL}": "1"}}
     run = jobs.launch("train.steps=6000", "resilience.max_restarts_without_progress=1", **more)
@@ -144,6 +147,7 @@ def test_a_save_that_fails_each_time_is_not_requeued_for_ever(jobs: Jobs) -> Non
     assert found["state"] == "gave up" and gave_up["why"] in found["reason"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("ahead", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
 def test_a_node_that_is_unfit_after_a_requeue_is_left_out(jobs: Jobs, cluster: Cluster, ahead: int) -> None:
     """Nobody is there when SLURM starts the job again on a node that has broken meanwhile; a spare one is idle."""
@@ -173,6 +177,7 @@ def test_a_node_that_is_unfit_after_a_requeue_is_left_out(jobs: Jobs, cluster: C
         subprocess.run([*inside, "umount", str(run.folder)], check=True)
 
 
+@pytest.mark.long
 def test_notify_is_told_and_holds_nothing_up(jobs: Jobs) -> None:
     """One notification works, one hangs and one fails: the run does not notice."""
     told = jobs.folder / "told.txt"

@@ -24,6 +24,7 @@ def test_the_state_has_the_size_that_was_asked_for(gigabytes: float) -> None:
     assert 14 * count_parameters(model_of(gigabytes)).total == pytest.approx(gigabytes * 1e9, rel=0.05)
 
 
+@pytest.mark.long
 def test_every_way_saves_the_same_state(tmp_path: Path) -> None:
     def ranks_do(ranks: RankEnv) -> None:
         groups.initialize(ranks, seed=1)

@@ -27,6 +27,7 @@ def test_variants_have_equal_flops_per_token(shape: dict[str, object]) -> None:
     assert configs["4t4i_mod"].model.num_layers > configs["4t4i"].model.num_layers == configs["dense"].model.num_layers
 
 
+@pytest.mark.long
 def test_a_run_reports_every_variant_and_its_profile() -> None:
     pytest.importorskip("transformers")
     result = run(**TINY, repeats=2, profile=True)  # type: ignore[arg-type]

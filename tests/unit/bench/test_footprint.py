@@ -21,20 +21,22 @@ from tests.support import Ranks, run_ranks
 TOLERANCE = 0.15
 
 _CASES = [
-    ("dense", "fp32", "none"),
     ("dense", "bf16", "selective"),
+    ("moma_shared_depth", "bf16", "none"),
+    ("moma_shared_depth", "bf16", "full"),
+    ("moma", "bf16", "loss"),
+    ("mot", "fp32", "none"),
+]
+_MORE_CASES = [  # in `make test-long`
+    ("dense", "fp32", "none"),
     ("moma", "bf16", "none"),
     ("moma", "fp32", "full"),
     ("moma", "bf16", "mlp"),
-    ("moma_shared_depth", "bf16", "none"),
-    ("moma_shared_depth", "bf16", "full"),
     ("dense", "fp32", "logits"),
     ("moma", "bf16", "logits"),
     ("dense", "fp32", "loss"),
-    ("moma", "bf16", "loss"),
     ("moma_depth", "bf16", "none", "actual"),
     ("moma", "bf16", "none", "tokens choose"),
-    ("mot", "fp32", "none"),
     ("mot", "bf16", "full"),
     ("moma", "bf16", "none", "ungated"),
     ("moma_shared_depth", "fp32", "none", "ungated"),
@@ -52,19 +54,25 @@ def _config(model: str, dtype: str, recompute: str, capacity: str = "nominal") -
     return config.model_copy(update={"model": config.model.model_copy(update={"experts": experts})})
 
 
+def _compared(named_cases: list[tuple[str, ...]]) -> dict[str, Any]:
+    """Rows of `footprint.compare` for some cases."""
+    found: dict[str, Any] = {}
+    for named in named_cases:
+        config = _config(*named)
+        groups.initialize_layout(tp=1, pp=1, vpp=None, ep=1, seed=1)
+        found["-".join(named)] = footprint.compare(config, footprint.measure(config), kernels=Kernels.HOST)
+        groups.destroy_layout()
+    return found
+
+
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Rows of `footprint.compare` for every case, from one process."""
+    """The cases of `make test` and the benchmark's own results, from one process."""
     file: Path = tmp_path_factory.mktemp("footprint") / "rows.json"
 
     def measure(ranks: Ranks) -> None:
         groups.start(ranks)
-        found: dict[str, Any] = {}
-        for named in _CASES:
-            config = _config(*named)
-            groups.initialize_layout(tp=1, pp=1, vpp=None, ep=1, seed=1)
-            found["-".join(named)] = footprint.compare(config, footprint.measure(config), kernels=Kernels.HOST)
-            groups.destroy_layout()
+        found = _compared(_CASES)
         groups.finalize()
         spread = case("moma", "fp32", "none")
         spread = spread.model_copy(update={"parallel": spread.parallel.model_copy(update={"tp": 2, "ep": 2})})
@@ -84,7 +92,32 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.mark.parametrize("named", _CASES, ids="-".join)
 def test_the_plan_says_what_a_step_uses(named: tuple[str, ...], measured: dict[str, Any]) -> None:
-    rows = {name: (planned, found) for name, planned, found in measured["-".join(named)]}
+    _assert_planned(measured["-".join(named)])
+
+
+@pytest.fixture(scope="module")
+def more_measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    file: Path = tmp_path_factory.mktemp("footprint") / "more.json"
+
+    def measure(ranks: Ranks) -> None:
+        groups.start(ranks)
+        file.write_text(json.dumps(_compared(_MORE_CASES)))
+        groups.finalize()
+
+    run_ranks(measure, world_size=1)
+    rows: dict[str, Any] = json.loads(file.read_text())
+    return rows
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("named", _MORE_CASES, ids="-".join)
+def test_the_plan_says_what_a_step_of_more_models_uses(named: tuple[str, ...], more_measured: dict[str, Any]) -> None:
+    _assert_planned(more_measured["-".join(named)])
+
+
+def _assert_planned(compared: list[tuple[str, float, float]]) -> None:
+    """Rows of `footprint.compare`: name, planned bytes, found bytes."""
+    rows = {name: (planned, found) for name, planned, found in compared}
     assert min(found for _, found in rows.values()) > 0
     for name in ("parameters", "gradients", "optimizer"):  # buffers are padded to a multiple of 64 elements
         planned, found = rows[name]

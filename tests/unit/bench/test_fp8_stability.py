@@ -27,6 +27,7 @@ def process_groups() -> Iterator[None]:
     groups.finalize()
 
 
+@pytest.mark.long
 def test_two_hundred_steps_end_within_two_percent_of_bf16(process_groups: None) -> None:
     """The mean of the last fifty losses, of runs that have learned most of what there is."""
     size: dict[str, Any] = {"hidden": 32, "seq": 32, "steps": 200, "lr": 4e-3}

@@ -22,7 +22,7 @@ from tests.unit.model.reference import random_documents
 KINDS = ("dense, post norm", "moe", "moma", "depth", "dense depth", "three modalities", "untied", "ungated")
 ROUTED_ALIKE = ("dense, post norm", "untied")  # there is nothing to route
 CELLS = [(kind, routing) for kind in KINDS for routing in ROUTINGS if kind not in ROUTED_ALIKE or routing == "causal"]
-# In every test run one kind meets every routing, and every kind meets one; `exhaustive` has the full product.
+# At every change one kind meets every routing, and every kind meets one; `exhaustive` has the full product.
 ROWS = [
     pytest.param(cell, marks=[] if cell[0] == "moma" or cell[1] == "causal" else pytest.mark.exhaustive)
     for cell in CELLS

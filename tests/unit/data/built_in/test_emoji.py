@@ -204,6 +204,7 @@ def real() -> tuple[Emoji, ...]:
     return all_emoji(EmojiConfig(font=str(NOTO), annotations=str(CLDR)), 0.1)
 
 
+@pytest.mark.long
 @needs_packages
 def test_real_emoji(real: tuple[Emoji, ...]) -> None:
     assert len(real) > 3000
@@ -215,6 +216,7 @@ def test_real_emoji(real: tuple[Emoji, ...]) -> None:
     assert names["firefighter"].group == names["woman firefighter: dark skin tone"].group
 
 
+@pytest.mark.long
 @needs_packages
 def test_no_real_picture_and_no_base_is_on_both_sides(real: tuple[Emoji, ...]) -> None:
     settings = EmojiConfig(font=str(NOTO), annotations=str(CLDR))

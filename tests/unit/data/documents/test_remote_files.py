@@ -93,7 +93,7 @@ def test_every_format_is_read_as_from_a_file_system(tmp_path: Path, store: Any, 
             assert its.source == (mine.source.read_bytes() if isinstance(mine.source, Path) else mine.source)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_a_data_set_of_a_store(tmp_path: Path, workers: int) -> None:
     """Worker processes open the store themselves, so that it is one that they share."""
     corpus(tmp_path / "in", 30)

@@ -384,7 +384,12 @@ MOMENTS: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+SHORT = ("half-written part", "all parts")  # in `make test`
+
+
+@pytest.mark.parametrize(
+    "moment", [name if name in SHORT else pytest.param(name, marks=pytest.mark.long) for name in MOMENTS]
+)
 def test_killed_at_any_moment(moment: str, undisturbed: tuple[Path, dict[str, bytes]], tmp_path: Path) -> None:
     file, expected = undisturbed
     out = tmp_path / "out"
@@ -449,7 +454,9 @@ def small_files(limit: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.parametrize(("limit", "workers"), [(100, 1), (3_000, 1), (20_000, 1), (20_000, 2)])
+@pytest.mark.parametrize(
+    ("limit", "workers"), [(100, 1), (3_000, 1), (20_000, 1), pytest.param(20_000, 2, marks=pytest.mark.long)]
+)
 def test_write_that_fails(tmp_path: Path, limit: int, workers: int) -> None:
     """100 bytes: not even source.json; 3,000: no tokenizer; 20,000: some parts."""
     records = [{"id": str(n), "content": [text("abcdefgh" * 20 * (20 if n > 90 else 1))]} for n in range(100)]

@@ -170,7 +170,7 @@ def test_steps_are_counted_as_large_as_they_were(folders: Path) -> None:
     assert shares(rows[88:])[2] == pytest.approx(0.35, abs=0.04)
 
 
-@pytest.mark.parametrize("older", [False, True])
+@pytest.mark.parametrize("older", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_phases_that_come_after_a_change_of_the_batch(folders: Path, older: bool) -> None:
     """10 steps of 4 sequences and 10 of 8, then weights that change at step 30: 80 sequences later, whatever was kept.
 
@@ -190,7 +190,7 @@ def test_phases_that_come_after_a_change_of_the_batch(folders: Path, older: bool
     assert shares(rows[88:])[2] == pytest.approx(0.35, abs=0.04)
 
 
-@pytest.mark.parametrize("batch", [4, 8])
+@pytest.mark.parametrize("batch", [4, pytest.param(8, marks=pytest.mark.long)])
 @pytest.mark.parametrize("step", [0, 5])
 def test_a_stage_behind_the_run_has_the_weights_of_its_last_step(folders: Path, batch: int, step: int) -> None:
     """Auxiliary routers count steps of their own from 0, whether or not their batch begins a segment."""

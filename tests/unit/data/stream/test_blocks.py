@@ -86,6 +86,7 @@ def test_blocks_of_an_epoch_hold_every_document_once(
         assert min(lengths) >= block - 2 * chunk
 
 
+@pytest.mark.long
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     block=st.integers(8, 60),

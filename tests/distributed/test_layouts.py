@@ -126,7 +126,10 @@ ALWAYS: dict[int, dict[str, tuple[str, ...]]] = {
 
 
 # `make test` has these, which meet every kind of parallelism; `make test-long` the other models.
-SHORT: dict[int, tuple[str, ...]] = {2: (EVERYTHING, "dense_tied", "mot_4t1i", "moma_token_choice"), 4: (EVERYTHING,)}
+SHORT: dict[int, tuple[str, ...]] = {
+    2: (EVERYTHING, "dense_tied", "mot_4t1i_depth", "moma_token_choice"),
+    4: (EVERYTHING,),
+}
 
 
 def _rows(world_size: int) -> list[Any]:

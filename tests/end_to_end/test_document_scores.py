@@ -46,22 +46,26 @@ CAUSAL = ("moma_depth", "dense_depth")  # runs that need auxiliary routers
 EVERYTHING = "moma_depth"
 
 
-@pytest.fixture(scope="module")
-def runs(config: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("scoring")
-    for name, (settings, ranks) in RUNS.items():
-        command = (
-            "train",
-            config,
-            f"run.dir={folder}",
-            f"run.name={name}",
-            *MAIN,
-            *settings,
-        )
+class Runs(dict[str, Path]):
+    """Runs of RUNS, each trained when it is first needed."""
+
+    def __init__(self, config: Path, folder: Path) -> None:
+        super().__init__()
+        self._config, self._folder = config, folder
+
+    def __missing__(self, name: str) -> Path:
+        settings, ranks = RUNS[name]
+        command = ("train", self._config, f"run.dir={self._folder}", f"run.name={name}", *MAIN, *settings)
         for stage in ((), STAGE) if name in CAUSAL else ((),):
             ended = mmscale(*command, *settings, *stage, nproc=ranks)
             assert ended.status == 0, ended
-    return {name: folder / name for name in RUNS}
+        self[name] = self._folder / name
+        return self[name]
+
+
+@pytest.fixture(scope="module")
+def runs(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(config, tmp_path_factory.mktemp("scoring"))
 
 
 @pytest.fixture(scope="module")

@@ -57,7 +57,7 @@ def logits(run: Path, ids: str, *, step: int) -> tuple[Tensor, slice]:
         return found, slice(low, middle) if ids == "text" else slice(middle, end)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param(one, marks=() if one == "pre" else pytest.mark.long) for one in KINDS])
 def test_each_modality_alone_computes_what_its_model_computes(kind: str, runs: Path, tmp_path: Path) -> None:
     out = tmp_path / "fused"
     made = json.loads(ok("ckpt", "fuse", runs / kind / "text", f"{runs / kind / 'image'}@{STEPS}", out, "--json"))
@@ -120,7 +120,7 @@ def test_exports_and_the_mean(runs: Path, tmp_path: Path) -> None:
     ok("train", tmp_path / "mean" / "config.yaml", "checkpoint.allow_missing=true", "train.steps=2")
 
 
-@pytest.mark.parametrize("option", [(), ("--average",)], ids=["fused", "average"])
+@pytest.mark.parametrize("option", [(), pytest.param(("--average",), marks=pytest.mark.long)], ids=["fused", "average"])
 def test_models_of_other_data_make_a_run_without_data(
     option: tuple[str, ...], config: Path, runs: Path, tmp_path: Path
 ) -> None:

@@ -60,6 +60,7 @@ def test_resumed_bit_by_bit(masked: Path, whole: dict[int, dict[str, Any]], tmp_
         assert {key: resumed[step].get(key) for key in EXACT} == {key: line.get(key) for key in EXACT}
 
 
+@pytest.mark.long
 def test_held_out_losses_are_those_of_plain_documents(
     masked: Path, whole: dict[int, dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -158,6 +159,7 @@ DRAWN: dict[str, tuple[str, ...]] = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", DRAWN)
 def test_run_and_export_draw_alike(name: str, models: tuple[Path, Path, Path], tmp_path: Path) -> None:
     """Prompts of two lengths, equal seeds."""
@@ -175,6 +177,7 @@ def test_run_and_export_draw_alike(name: str, models: tuple[Path, Path, Path], t
         assert Path(mine).read_bytes() == Path(theirs).read_bytes()
 
 
+@pytest.mark.long
 def test_the_best_sample_is_kept(models: tuple[Path, Path, Path]) -> None:
     """Of all samples that the same seed gives the one after which the model finds the prompt most likely."""
     from checkpoints_tools.huggingface.best_of import best_samples
@@ -205,6 +208,7 @@ def test_the_best_sample_is_kept(models: tuple[Path, Path, Path]) -> None:
             assert best.ids == drawn[3 * number + likelihoods.index(max(likelihoods))].ids
 
 
+@pytest.mark.long
 def test_the_processor_of_an_export_draws_alike(models: tuple[Path, Path, Path], tmp_path: Path) -> None:
     """Token by token what the command gives, with what an export's user loads, and the same ranking."""
     import torch
@@ -243,6 +247,7 @@ def test_the_processor_of_an_export_draws_alike(models: tuple[Path, Path, Path],
         processor.contrastive(model, k=0)
 
 
+@pytest.mark.long
 def test_plain_generation_has_no_sentinels(models: tuple[Path, Path, Path]) -> None:
     """Nearly uniform sampling reaches every token that may follow; holes, ends of fillings and roles may not."""
     import torch

@@ -76,9 +76,9 @@ def test_run_and_export_give_the_same_pictures(name: str, exported: Path, seven:
     ("name", "more"),
     [
         ("tiny", ("--routing", "batch")),
-        ("tiny", ("--top-k", "40", "--guidance", "3")),
-        ("tiny", ("--cd-k", "4", "--best-of", "2")),
-        ("dense", ("--temperature", "0")),
+        pytest.param("tiny", ("--top-k", "40", "--guidance", "3"), marks=pytest.mark.long),
+        pytest.param("tiny", ("--cd-k", "4", "--best-of", "2"), marks=pytest.mark.long),
+        pytest.param("dense", ("--temperature", "0"), marks=pytest.mark.long),
     ],
 )
 def test_tensor_parallel_ranks_give_the_same_pictures(

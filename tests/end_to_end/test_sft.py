@@ -82,7 +82,7 @@ def test_labels_are_those_of_answers(folder: Path, tuned: Tuned) -> None:
     ("overrides", "nproc"),
     [
         (("parallel.tp=2",), 2),
-        (("parallel.ep=2",), 2),
+        pytest.param(("parallel.ep=2",), 2, marks=pytest.mark.long),
         pytest.param(("parallel.pp=2",), 2, marks=pytest.mark.exhaustive),
     ],
     ids=["tp2", "ep2", "pp2"],

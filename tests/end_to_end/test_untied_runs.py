@@ -73,6 +73,7 @@ def test_an_export_computes_the_same_and_comes_back(name: str, runs: Path, tmp_p
         assert torch.equal(one.read(weight), other.read(weight)), weight
 
 
+@pytest.mark.long
 def test_an_imported_export_trains_with_frozen_text(runs: Path, tmp_path: Path) -> None:
     """`convert from-hf`, then `optim.freeze=[text]`: text weights stay bit for bit, image weights do not."""
     ok("convert", "to-hf", runs / "mot", tmp_path / "hf")
@@ -97,7 +98,11 @@ def test_another_untie_is_another_model(config: Path, runs: Path) -> None:
 
 @pytest.mark.parametrize(
     ("source", "options"),
-    [("dense", ("--untie", "attention,ffn,norms")), ("dense", ("--untie", "norms,final_norm")), ("hybrid", ())],
+    [
+        ("dense", ("--untie", "attention,ffn,norms")),
+        pytest.param("dense", ("--untie", "norms,final_norm"), marks=pytest.mark.long),
+        pytest.param("hybrid", (), marks=pytest.mark.long),
+    ],
     ids=["all", "norms", "hybrid"],
 )
 def test_untying_changes_nothing_and_training_goes_on(
@@ -122,7 +127,9 @@ def test_untying_changes_nothing_and_training_goes_on(
     ok("train", up / "config.yaml", "train.steps=4", nproc=2 if source == "hybrid" else 1)
 
 
-@pytest.mark.parametrize(("name", "rest"), [("mot", ()), ("dense", ("--untie", "attention,norms"))])
+@pytest.mark.parametrize(
+    ("name", "rest"), [("mot", ()), pytest.param("dense", ("--untie", "attention,norms"), marks=pytest.mark.long)]
+)
 def test_experts_take_the_place_of_each_modalitys_ffn(
     name: str, rest: tuple[str, ...], runs: Path, tmp_path: Path
 ) -> None:
@@ -137,7 +144,7 @@ def test_experts_take_the_place_of_each_modalitys_ffn(
     ok("train", up / "config.yaml", "train.steps=4")
 
 
-@pytest.mark.parametrize("name", ["dense", "mot"])
+@pytest.mark.parametrize("name", ["dense", pytest.param("mot", marks=pytest.mark.long)])
 def test_an_ungated_group_is_the_ffn(name: str, runs: Path, tmp_path: Path) -> None:
     """With its optimizer state; another upcycling keeps it."""
     up, again = tmp_path / "up", tmp_path / "again"

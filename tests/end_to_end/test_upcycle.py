@@ -175,6 +175,7 @@ def apart(one: Path, other: Path, *, step: int = 0) -> float:
     return float((_logits(other, step=step, everyone=False, gates=None) - old).abs().max() / old.abs().max())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "options", "counts"),
     [
@@ -264,6 +265,7 @@ def test_parts_that_cannot_be(
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.long
 def test_training_goes_on_at_another_layout(runs: Path) -> None:
     """From the source's place in the data, with the schedule from its start, noise on, and the same on two ranks."""
     found = {}
@@ -284,6 +286,7 @@ def test_training_goes_on_at_another_layout(runs: Path) -> None:
     assert all(abs(loss - 5.5) < 1.0 for losses in found.values() for loss in losses), found
 
 
+@pytest.mark.long
 def test_a_mixed_group_and_the_way_of_the_commands(runs: Path, tmp_path: Path) -> None:
     ended = mmscale(
         "ckpt", "upcycle", runs / "dense", tmp_path / "moe", "--experts", "mixed=4", "--steps", "9", "--seed", "5"

@@ -184,6 +184,7 @@ def test_sources_and_tasks_are_measured(
     assert Store.of_run(run).best() == min(column, key=column.__getitem__)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "layout", [pytest.param(n, marks=[] if n in ("pp", "cp", "tp_ep") else pytest.mark.exhaustive) for n in LAYOUTS]
 )
@@ -256,6 +257,7 @@ def test_a_source_without_held_out_documents(config: Path, digits: Path, sets: S
     assert ended.status == 3 and f"is never measured: {sets.silent} has no held-out documents" in ended.err
 
 
+@pytest.mark.long
 def test_evaluation_stage_and_resume(alone: tuple[Path, Ended], config: Path, sets: Sets, tmp_path: Path) -> None:
     """`eval` gives what training gave; the stage reports each set; a set that was replaced is announced."""
     run = Path(shutil.copytree(alone[0], tmp_path / "tiny"))

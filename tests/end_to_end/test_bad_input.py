@@ -2,7 +2,8 @@
 
 Not repeated here: a full disk, killed workers and unwritable folders while preparing
 (tests/unit/data/prepared/test_prepare_accidents.py), every kind of bad document
-(tests/unit/data/documents/test_documents.py), every wrong setting (tests/unit/config), damaged checkpoints (tests/unit/checkpoint).
+(tests/unit/data/documents/test_documents.py), every wrong setting (tests/unit/config), damaged checkpoints
+(tests/unit/checkpoint).
 """
 
 from __future__ import annotations

@@ -86,7 +86,15 @@ SAME: list[tuple[str, str, str, dict[str, Any]]] = [
 SAME_TOO: list[tuple[str, str, str, dict[str, Any]]] = [("moma", "fp8_coat", "bf16", {"tp": 2})]
 
 
-@pytest.mark.parametrize("cases", [SAME, pytest.param(SAME_TOO, marks=pytest.mark.exhaustive)], ids=["", "more"])
+@pytest.mark.parametrize(
+    "cases",
+    [
+        SAME[2:],
+        pytest.param(SAME[:2], marks=pytest.mark.long),
+        pytest.param(SAME_TOO, marks=pytest.mark.exhaustive),
+    ],
+    ids=["", "more", "rest"],
+)
 def test_same_layout_goes_on_exactly(tmp_path: Path, cases: list[tuple[str, str, str, dict[str, Any]]]) -> None:
     """Also with a joint run's routers, whose optimizer is another one, and with bf16 weights."""
 
@@ -110,6 +118,7 @@ def test_same_layout_goes_on_exactly(tmp_path: Path, cases: list[tuple[str, str,
     run_ranks(ranks_do, world_size=2, timeout_s=600)
 
 
+@pytest.mark.long
 class TestOtherLayouts:
     """One run of two data-parallel ranks, read and written again under other layouts."""
 

@@ -181,6 +181,7 @@ def test_emulated_fp8_under_layouts(references: References) -> None:
     run_ranks(steps, world_size=2, timeout_s=300)
 
 
+@pytest.mark.long
 def test_rounds_change_nothing(references: References, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every parameter in a round of its own."""
     monkeypatch.setattr("mmscale.train.optim.matrix_exchange.ROUND_ELEMENTS", 1)

@@ -89,11 +89,17 @@ _LAYOUTS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+# Those of `make test`: each kind of parallelism, and experts, routers of depth and untied weights.
+_SHORT = [_LAYOUTS[number] for number in (1, 2, 11)]
+_LONG = [row for row in _LAYOUTS if row not in _SHORT]
+
+
+@pytest.mark.parametrize("layouts", [_SHORT, pytest.param(_LONG, marks=pytest.mark.long)], ids=["", "more"])
 @distributed(world_size=4)
-def test_calls_and_bytes_of_a_step(ranks: Ranks) -> None:
+def test_calls_and_bytes_of_a_step(ranks: Ranks, layouts: list[tuple[str, dict[str, Any]]]) -> None:
     groups.start(ranks)
     failures = []
-    for model, parallel in _LAYOUTS:
+    for model, parallel in layouts:
         # On gloo the default is no overlap, the plan's default is NCCL's.
         data = {"document_multiple": 8} if "cp" in parallel else {}
         settings = config(model, dtype="bf16", parallel=parallel | {"overlap_grad_reduce": False}, data=data)

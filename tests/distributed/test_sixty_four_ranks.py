@@ -136,7 +136,11 @@ STEPS: dict[str, list[str]] = {
 
 @pytest.mark.parametrize(
     "name",
-    [*(name for name in STEPS if name not in RARE), *(pytest.param(n, marks=pytest.mark.exhaustive) for n in RARE)],
+    [
+        "tp4_pp2_vpp2_shared",
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("tp2_pp4_ep4", "cp4_tp2_depth")),
+        *(pytest.param(name, marks=pytest.mark.exhaustive) for name in RARE),
+    ],
 )
 def test_a_step_holds_and_says_what_the_plan_says(name: str) -> None:
     small = ["train.micro_batch_size=2", "model.seq_length=1024"]

@@ -101,7 +101,7 @@ def equals_one_process(model: str, world_size: int, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "world_size"),
     [
-        ("moma", 2),
+        pytest.param("moma", 2, marks=pytest.mark.long),
         *(
             pytest.param(model, size, marks=pytest.mark.exhaustive)
             for model in ("dense_tied", "moma", "moma_token_choice", "mot", "moma_frozen")

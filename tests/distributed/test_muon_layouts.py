@@ -340,6 +340,7 @@ def matrices(made: Config) -> set[str]:
     return {tensor.name for tensor in model_tensors(made) if is_hidden_matrix(tensor)}
 
 
+@pytest.mark.long
 class TestOtherOptimizers:
     """A checkpoint of one optimizer is read by a run of the other, and written again by it."""
 

@@ -159,6 +159,7 @@ def test_what_cannot_be_evaluated_or_trained_is_said(
     assert_says(other, status=4, cause="routers for step 12 of the main run", remedy="remove .*auxiliary")
 
 
+@pytest.mark.long
 def test_a_joint_run_prints_both_losses_and_is_causal_without_a_stage(config: Path, tmp_path: Path) -> None:
     ended = mmscale(
         "train", config, f"run.dir={tmp_path}", *MAIN, "model.auxiliary.mode=joint", "auxiliary.optim.lr=1e-2", nproc=2

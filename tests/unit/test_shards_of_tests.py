@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.shards import in_shard
+from tests.shards import _shard, in_shard
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = "import pytest\n@pytest.mark.parametrize('row', range(40))\ndef test_row(row): pass\n"
@@ -41,6 +41,11 @@ def test_pytest_runs_the_shard(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shard", ["3", "3/0", "a/2"])
-def test_a_wrong_shard_is_refused(shard: str, tmp_path: Path) -> None:
-    result = _run(tmp_path, shard)
+def test_a_wrong_shard_is_refused(shard: str) -> None:
+    with pytest.raises(pytest.UsageError, match="--shard is K/N"):
+        _shard(shard)
+
+
+def test_pytest_shows_what_is_wrong(tmp_path: Path) -> None:
+    result = _run(tmp_path, "3")
     assert result.returncode != 0 and "--shard is K/N" in result.stderr, result

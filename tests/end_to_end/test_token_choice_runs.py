@@ -81,7 +81,8 @@ def test_held_out_losses_are_causal_as_they_are(runs: Path) -> None:
     assert batch and held_out("--routing", "causal") == batch == held_out("--routing", "batch")
 
 
-@pytest.mark.parametrize("name", ["tc", *(pytest.param(one, marks=pytest.mark.long) for one in ("mixed", "depth"))])
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["tc", "mixed", "depth"])
 def test_an_export_computes_the_same_and_comes_back(name: str, runs: Path, tmp_path: Path) -> None:
     if name == "depth":  # Mixture-of-Depths layers still choose among tokens
         stage = ("--stage", "auxiliary", "auxiliary.steps=4", "auxiliary.calibration_batches=2", "parallel.ep=1")

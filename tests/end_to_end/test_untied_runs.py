@@ -55,9 +55,8 @@ def test_a_stopped_run_resumes_with_the_same_losses(config: Path, runs: Path, tm
             assert resumed[step] == (loss if nproc == 1 else pytest.approx(loss, rel=1e-5)), (name, step)
 
 
-@pytest.mark.parametrize(
-    "name", ["mot", *(pytest.param(one, marks=pytest.mark.long) for one in ("hybrid", "mot_2t1i"))]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["mot", "hybrid", "mot_2t1i"])
 def test_an_export_computes_the_same_and_comes_back(name: str, runs: Path, tmp_path: Path) -> None:
     if name != "mot":
         stage = ("--stage", "auxiliary", "auxiliary.steps=4", "auxiliary.calibration_batches=2", "parallel.ep=1")

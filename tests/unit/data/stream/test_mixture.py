@@ -4,8 +4,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import multiprocessing
 import pickle
 from collections import Counter
@@ -19,71 +17,24 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mmscale.config import Config
-from mmscale.data.prepared import table_facts
 from mmscale.data.prepared.share import nominal_share
-from mmscale.data.stream import packing_cache
 from mmscale.data.stream.loader import BatchLoader
 from mmscale.data.stream.micro_batch import MicroBatch, slot_usage
 from mmscale.data.stream.mixture import Mixture, open_mixture
 from mmscale.data.stream.sharing import RankPart
 from mmscale.data.stream.source import Source
-from mmscale.data.vocab import BOS, EOS, PAD, Vocabulary
+from mmscale.data.vocab import BOS, EOS, PAD
 from mmscale.errors import ConfigError, DataError
-from mmscale.tables.settings import DATA_ORDERS
 from tests.unit.data.corpora import THREE, VOCABULARY, corpus, document, prepare
-
-SEQ = 128
-DOCUMENTS = 120
-OPTIONS: dict[str, Any] = {"seq_length": SEQ, "micro_batch_size": 4, "seed": 3, "pack_window": 40, "deal_window": 16}
-
-
-SMALL_BLOCKS = dataclasses.replace(DATA_ORDERS["blocks"], block=24, chunk=4, above=20)
-
-
-@pytest.fixture(params=list(DATA_ORDERS))
-def order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each order in turn, with blocks of few documents and tables that stay in their files."""
-    if request.param != "epochs":
-        monkeypatch.setitem(DATA_ORDERS, "blocks", SMALL_BLOCKS)
-        monkeypatch.setattr(table_facts, "LARGE", SMALL_BLOCKS.above)
-    monkeypatch.setitem(OPTIONS, "order", request.param)
-    return str(request.param)
-
-
-@pytest.fixture(scope="module")
-def documents() -> list[np.ndarray]:
-    return corpus(DOCUMENTS)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, documents: list[np.ndarray]) -> Path:
-    return prepare(tmp_path_factory.mktemp("data") / "set", documents, parts=3)
-
-
-def open_sources(*folders: Path, vocabulary: Vocabulary = VOCABULARY) -> list[Source]:
-    return [Source(folder, split="train", vocabulary=vocabulary) for folder in folders]
-
-
-def mix(*folders: Path, **options: Any) -> Mixture:
-    return Mixture(open_sources(*folders), VOCABULARY, **{**OPTIONS, **options})
-
-
-def digest(batch: MicroBatch) -> str:
-    content = hashlib.sha256()
-    for field in dataclasses.fields(batch):
-        value = getattr(batch, field.name)
-        content.update(value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode())
-    return content.hexdigest()
-
-
-def documents_in(batch: MicroBatch) -> list[tuple[int, ...]]:
-    """Token ids of every document, cut out by document_ids alone."""
-    found = []
-    for row, ids in zip(batch.tokens, batch.document_ids, strict=True):
-        pieces = np.split(row, np.flatnonzero(np.diff(ids)) + 1)
-        found += [tuple(piece.tolist()) for piece in pieces if piece[0] != PAD]
-    return found
-
+from tests.unit.data.stream.mixtures import (
+    DOCUMENTS,
+    OPTIONS,
+    SEQ,
+    digest,
+    documents_in,
+    mix,
+    open_sources,
+)
 
 # What a micro-batch holds
 
@@ -376,148 +327,6 @@ def test_slot_usage_counts_both_scopes(folder: Path) -> None:
     each = slot_usage(batch, nominal=(60, 40), scope="sequence")
     assert each.overflow == (sum(max(0, t - 60) for t, _ in rows), sum(max(0, i - 40) for _, i in rows))
     assert each.unused == (sum(max(0, 60 - t) for t, _ in rows), sum(max(0, 40 - i) for _, i in rows))
-
-
-# The cache
-
-
-def test_a_damaged_cache_is_made_again(folder: Path, tmp_path: Path) -> None:
-    expected = digest(mix(folder, cache=tmp_path).micro_batch(1))
-    (file,) = tmp_path.glob("packing-*-0.npy")
-    content = file.read_bytes()
-    for damaged in (content[:-9], content[:40], b"", content[:-8] + b"\x00\x00\x00\x07" * 2):
-        file.write_bytes(damaged)
-        assert digest(mix(folder, cache=tmp_path).micro_batch(1)) == expected
-        assert file.read_bytes() == content
-
-
-def test_the_cache_is_used_and_leftovers_of_killed_writers_go(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(packing_cache, "_BLOCK_DOCUMENTS", DOCUMENTS)
-    mix(folder, cache=tmp_path)
-    (file,) = tmp_path.glob("packing-*-0.npy")
-    stale = file.with_name(f"{file.name}.elsewhere.1.tmp")
-    stale.write_bytes(b"half")
-    mix(folder, cache=tmp_path).micro_batch(100)  # packs later epochs
-    assert not stale.exists()
-    monkeypatch.setattr(packing_cache, "pack_epoch", lambda *_, **__: pytest.fail("packed again"))
-    mix(folder, cache=tmp_path).micro_batch(100)
-
-
-def test_how_many_epochs_a_file_holds_does_not_change_the_order(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def first_batches(documents: int) -> list[str]:
-        monkeypatch.setattr(packing_cache, "_BLOCK_DOCUMENTS", documents)
-        mixture = mix(folder, cache=tmp_path)
-        return [digest(mixture.micro_batch(index)) for index in range(60)]  # six epochs
-
-    expected = first_batches(1)
-    assert first_batches(2 * DOCUMENTS) == first_batches(100 * DOCUMENTS) == expected
-
-
-def test_without_a_writable_cache_indices_stay_in_memory(folder: Path, tmp_path: Path) -> None:
-    expected = digest(mix(folder, cache=tmp_path / "good").micro_batch(50))
-    (tmp_path / "file").write_text("")
-    assert digest(mix(folder, cache=tmp_path / "file" / "below").micro_batch(50)) == expected
-
-
-def test_of_four_processes_one_packs(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    packed = tmp_path / "packed"
-    real = packing_cache.pack_epoch
-
-    def noted(*args: Any, **kwargs: Any) -> Any:
-        with packed.open("a") as file:
-            file.write("x")
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(packing_cache, "pack_epoch", noted)
-    monkeypatch.setattr(packing_cache, "_BLOCK_DOCUMENTS", DOCUMENTS)
-    context = multiprocessing.get_context("fork")
-    queue, barrier = context.Queue(), context.Barrier(4)
-
-    def work() -> None:
-        sources = open_sources(folder)
-        barrier.wait()
-        queue.put(digest(Mixture(sources, VOCABULARY, cache=tmp_path / "cache", **OPTIONS).micro_batch(2)))
-
-    processes = [context.Process(target=work) for _ in range(4)]
-    for process in processes:
-        process.start()
-    assert len({queue.get(timeout=300) for _ in processes}) == 1
-    for process in processes:
-        process.join()
-    assert packed.read_text() == "x"
-    assert not list((tmp_path / "cache").glob("*.tmp"))
-
-
-# The loader
-
-
-def run_steps(loader: BatchLoader, steps: int) -> list[list[str]]:
-    return [[digest(batch) for batch in next(loader).micro_batches] for _ in range(steps)]
-
-
-@pytest.mark.usefixtures("order")
-@pytest.mark.parametrize("workers", [1, 2])
-def test_order_does_not_depend_on_workers(folder: Path, workers: int) -> None:
-    options = {"dp_rank": 1, "dp_size": 2, "micro_batches_per_step": 4}
-    expected = run_steps(BatchLoader(mix(folder), **options), 7)
-    loader = BatchLoader(mix(folder), workers=workers, **options)
-    assert run_steps(loader, 7) == expected
-    loader.close()
-
-
-@pytest.mark.usefixtures("order")
-@pytest.mark.parametrize("dp", [1, 2, 4])
-def test_resuming_at_another_dp_size_goes_on_with_the_same_batches(folder: Path, dp: int) -> None:
-    mixture = mix(folder)
-    whole = [[digest(mixture.micro_batch(step * 4 + i)) for i in range(4)] for step in range(6)]
-    first = BatchLoader(mix(folder), dp_rank=0, dp_size=2, micro_batches_per_step=4, workers=1)
-    run_steps(first, 3)
-    state = first.state_dict()
-    first.close()
-    assert state == {"consumed_sequences": 3 * 4 * 4}  # what the worker has read ahead does not count
-    resumed = []
-    for rank in range(dp):
-        loader = BatchLoader(mixture, dp_rank=rank, dp_size=dp, micro_batches_per_step=4)
-        loader.load_state_dict(state)
-        resumed.append(run_steps(loader, 3))
-    for step in range(3):
-        dealt = [resumed[rank][step] for rank in range(dp)]
-        assert [dealt[i % dp][i // dp] for i in range(4)] == whole[3 + step]
-
-
-@pytest.mark.usefixtures("order")
-def test_every_rank_knows_the_counts_of_the_global_batch(folder: Path) -> None:
-    steps = [next(BatchLoader(mix(folder), dp_rank=rank, dp_size=2, micro_batches_per_step=4)) for rank in range(2)]
-    batches = [batch for step in steps for batch in step.micro_batches]
-    for step in steps:
-        assert step.label_counts == tuple(np.sum([batch.label_counts for batch in batches], axis=0))
-        assert step.counts == tuple(np.sum([batch.counts for batch in batches], axis=0))
-
-
-def test_micro_batches_must_divide_among_ranks(folder: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot be shared out evenly among 3"):
-        BatchLoader(mix(folder), dp_rank=0, dp_size=3, micro_batches_per_step=4)
-
-
-@pytest.mark.usefixtures("order")
-@pytest.mark.parametrize("workers", [0, 1])
-def test_damage_is_named_also_from_a_worker(tmp_path: Path, documents: list[np.ndarray], workers: int) -> None:
-    folder = prepare(tmp_path / "set", documents, parts=1)
-    file = folder / "train-00000.bin"
-    ids = np.frombuffer(file.read_bytes(), np.uint16).copy()
-    ids[:] = 101
-    file.write_bytes(ids.tobytes())
-    loader = BatchLoader(mix(folder), dp_rank=0, dp_size=1, micro_batches_per_step=1, workers=workers)
-    with pytest.raises(
-        DataError, match=r"^data: document \d+ of .*train-00000 has \[0, \d+\] tokens per modality"
-    ) as error:
-        next(loader)
-    assert error.value.remedy
-    loader.close()
 
 
 # From a configuration

@@ -131,9 +131,10 @@ def check_alike(one: TensorSource, other: TensorSource, *, remedy: str) -> None:
         first, second = one.entry(name), other.entry(name)
         if first != second:
             raise CheckpointError(
-                f"{name} is {_said(first)} in {one.path} and {_said(second)} in {other.path}", remedy=remedy
+                f"{name} is {_reason_text(first)} in {one.path} and {_reason_text(second)} in {other.path}",
+                remedy=remedy,
             )
 
 
-def _said(entry: TensorEntry) -> str:
+def _reason_text(entry: TensorEntry) -> str:
     return f"{str(entry.dtype).removeprefix('torch.')} {'x'.join(map(str, entry.shape)) or 'scalar'}"

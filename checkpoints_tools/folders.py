@@ -140,7 +140,7 @@ def _verified(folder: Path, step: int | None) -> dict[str, Any]:
         DeletedError: it was deleted in the meantime.
     """
     try:
-        with integrity.while_there(folder):
+        with integrity.tolerating_deletion(folder):
             integrity.refuse_world_writable(folder)
             problems = integrity.verify(folder, step=step)
     except DeletedError:
@@ -161,7 +161,7 @@ def _with_types(folder: Path, row: dict[str, Any]) -> dict[str, Any]:
     if not row["whole"]:
         return row
     try:
-        with integrity.while_there(folder):
+        with integrity.tolerating_deletion(folder):
             problems = wrong_types(_types(folder))
     except DeletedError:
         raise

@@ -39,7 +39,7 @@ def show(path: Path, *, step: int | None = None) -> dict[str, Any]:
     store = open_store(path)
     chosen = store.choose(step)
     folder = store.path(chosen)
-    with integrity.while_there(folder):
+    with integrity.tolerating_deletion(folder):
         _provenance(folder)  # raises an error before the index is read
         index = tensor_index.read(folder).state_dict_metadata.items()
         entries = [

@@ -89,7 +89,7 @@ def _rank(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
     for stream in (1, 2):
         os.dup2(output, stream)
     os.close(output)
-    set_status_aside(Path(logs), rank)
+    retire_status(Path(logs), rank)
     if rank == 0:
         begin_attempt(Path(logs).parents[1], Path(logs), environ)
     sys.argv = ["mmscale", *train]
@@ -137,7 +137,7 @@ def begin_attempt(run: Path, logs: Path, environ: Mapping[str, str]) -> None:
         events.add("launch", attempt_id=lease_id, in_place=True, nodes=nodes, job=environ.get("SLURM_JOB_ID", ""))
 
 
-def set_status_aside(logs: Path, rank: int) -> None:
+def retire_status(logs: Path, rank: int) -> None:
     """Move away the status of this rank's last round, which says nothing about the round that starts now."""
     try:
         (logs / f"{_STATUS}{rank}").replace(logs / f"{_EARLIER}{rank}")

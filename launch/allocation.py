@@ -13,7 +13,7 @@ from dataclasses import replace
 from launch import preemption, scheduler
 from launch.job_states import Phase
 from launch.policy import NO_ANSWER, Ending, crashed
-from launch.scheduler import UnreachableError, patiently
+from launch.scheduler import UnreachableError, with_retries
 from mmscale.errors import LaunchError
 
 _POLL_S = 0.1
@@ -42,7 +42,7 @@ class Allocation:
             UnreachableError: there was no answer in time, or this process was asked to end.
         """
         if self.job:
-            patiently(lambda: scheduler.job_state(self.job), patience_s=self.patience_s, give_up=self.interrupted)
+            with_retries(lambda: scheduler.job_state(self.job), patience_s=self.patience_s, give_up=self.interrupted)
 
     def state(self, *, retry: bool) -> str | None:
         """SLURM's state of this job; `NO_ANSWER` if there is no answer; None without SLURM.
@@ -53,7 +53,7 @@ class Allocation:
         if not self.job:
             return None
         try:
-            found = patiently(
+            found = with_retries(
                 lambda: scheduler.job_state(self.job, timeout_s=_SHORT_S),
                 patience_s=self.patience_s if retry else 0.0,
             )
@@ -87,14 +87,16 @@ class Allocation:
     def lost_nodes(self, hosts: str) -> dict[str, str]:
         """The failed nodes of a host list, with their states; empty without an answer."""
         try:
-            return patiently(lambda: scheduler.lost_nodes(hosts), patience_s=self.patience_s, give_up=self.interrupted)
+            return with_retries(
+                lambda: scheduler.lost_nodes(hosts), patience_s=self.patience_s, give_up=self.interrupted
+            )
         except UnreachableError:
             return {}
 
     def requeued_at_end(self, *, before: int) -> bool:
         """`preemption.requeued_at_end` for this job, which has been preempted; False without an answer."""
         try:
-            return patiently(lambda: preemption.requeued_at_end(self.job, before=before), patience_s=self.patience_s)
+            return with_retries(lambda: preemption.requeued_at_end(self.job, before=before), patience_s=self.patience_s)
         except LaunchError:
             return False
 
@@ -105,7 +107,7 @@ class Allocation:
             The reason for a refusal, "" on success.
         """
         try:
-            patiently(lambda: scheduler.requeue(self.job), patience_s=self.patience_s)
+            with_retries(lambda: scheduler.requeue(self.job), patience_s=self.patience_s)
         except LaunchError as error:
             return error.cause
         deadline = time.monotonic() + _KILLED_S

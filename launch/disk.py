@@ -46,7 +46,7 @@ class Disk:
         self._budget: Budget | None = None  # as on the disk, now or when the writer has caught up
         self._held: OpenFolder | None = None
 
-    def patiently(self, action: Callable[[], T]) -> T:
+    def with_retries(self, action: Callable[[], T]) -> T:
         """Run an action that must succeed before ranks start; retry for a while if the disk fails.
 
         Raises:

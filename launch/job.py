@@ -39,7 +39,7 @@ from launch.policy import (
     decide,
 )
 from launch.rank_processes import RankProcesses
-from launch.scheduler import UnreachableError, patiently
+from launch.scheduler import UnreachableError, with_retries
 from launch.stop_requests import StopRequests
 from launch.successors import Successors
 from mmscale.errors import MmscaleError, shell_command
@@ -152,7 +152,7 @@ class Supervisor:
         """`owner.refuse_busy` for the run of this job, and for other stages of it."""
         found: frozenset[str] = frozenset()
         for folder in self.record.stage_folders:
-            found |= patiently(
+            found |= with_retries(
                 lambda folder=folder: owner.refuse_busy(folder, job=self.job),  # type: ignore[misc]
                 patience_s=self.profile.slurm_patience if self.slurm else 0.0,
                 give_up=self.requests.stopping,
@@ -162,7 +162,7 @@ class Supervisor:
     def _take(self, number: int, *, known_dead: Collection[str] = ()) -> lease.Lease:
         """Take the run's lease for an attempt; `number`: of the start of ranks within this start of the job."""
         name = f"{self.job or f'local-{os.getpid()}'}.{self.restart}.{number}"
-        return self.lock.take(name, attempt=next_attempt(self.run_dir), known_dead=known_dead)
+        return self.lock.acquire(name, attempt=next_attempt(self.run_dir), known_dead=known_dead)
 
     def _log(self, attempt: int, *, may_write: Callable[[], None] | None = None) -> EventLog:
         """The run's event log, which also notifies through the profile's `notify`."""
@@ -190,7 +190,7 @@ class Supervisor:
                 self.bandwidth = self.examination.run(Job(str(self.folder)))
                 if self._interrupted():
                     continue
-            taken = self.disk.patiently(functools.partial(self._take, number))
+            taken = self.disk.with_retries(functools.partial(self._take, number))
             fence = lease.Fence(self.run_dir, taken.id)
             with contextlib.closing(self._log(taken.attempt, may_write=fence.check)) as events:
                 if lost:
@@ -244,7 +244,7 @@ class Supervisor:
 
     def _attempt(self, lease_id: str, attempt: int, fence: lease.Fence, events: EventLog) -> tuple[Action, int]:
         logs = self.run_dir / "logs" / f"attempt_{attempt}"
-        self.disk.patiently(functools.partial(logs.mkdir, parents=True, exist_ok=True))
+        self.disk.with_retries(functools.partial(logs.mkdir, parents=True, exist_ok=True))
         # This is the first node, where rank 0 runs.
         port = unused_port() if self.slurm else 0
         in_place = self._restarts_in_place()

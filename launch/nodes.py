@@ -263,7 +263,7 @@ def _output(
             raise scheduler.UnreachableError(f"SLURM does not answer: {found.error}")
         return found
 
-    return scheduler.patiently(step, patience_s=patience_s, give_up=stopping)
+    return scheduler.with_retries(step, patience_s=patience_s, give_up=stopping)
 
 
 def _once(command: Sequence[str], record: Record, environment: dict[str, str], *, timeout_s: float) -> _Output:

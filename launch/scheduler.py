@@ -47,7 +47,9 @@ def no_answer(text: str) -> bool:
     return _NO_ANSWER.search(text) is not None
 
 
-def patiently(ask: Callable[[], _Answer], *, patience_s: float, give_up: Callable[[], bool] = lambda: False) -> _Answer:
+def with_retries(
+    ask: Callable[[], _Answer], *, patience_s: float, give_up: Callable[[], bool] = lambda: False
+) -> _Answer:
     """Repeat a query with growing pauses while SLURM does not answer.
 
     Args:

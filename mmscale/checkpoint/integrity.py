@@ -98,7 +98,7 @@ def text_digest(text: str) -> str:
     return xxhash.xxh3_128_hexdigest(text.encode())
 
 
-def patiently(read: Callable[[], T], *, path: Path) -> T:
+def with_retries(read: Callable[[], T], *, path: Path) -> T:
     """The result of a read, which is retried after PAUSES_S if it fails.
 
     Raises:
@@ -132,7 +132,7 @@ def read_manifest(folder: Path) -> CheckpointManifest:
     """
     file = folder / MANIFEST
     try:
-        text = patiently(lambda: bounded.read_text(file), path=file)
+        text = with_retries(lambda: bounded.read_text(file), path=file)
     except FileNotFoundError:
         raise NoManifestError(f"{MANIFEST} is missing") from None
     except (ValueError, IsADirectoryError) as error:  # not UTF-8, far too large, or not a file
@@ -239,7 +239,7 @@ def structure(folder: Path, manifest: CheckpointManifest) -> list[str]:
 
 def _structure(folder: Path, manifest: CheckpointManifest) -> list[str]:
     try:
-        present = patiently(lambda: sizes(folder), path=folder / MANIFEST)
+        present = with_retries(lambda: sizes(folder), path=folder / MANIFEST)
     except (DamagedError, FileNotFoundError, NotADirectoryError) as error:
         return [str(error)]
     wanted = manifest.files
@@ -284,7 +284,7 @@ def _read(file: Path, *, fresh: bool) -> FileRecord:
         return digest(file)
 
     try:
-        return patiently(read, path=file)
+        return with_retries(read, path=file)
     except (FileNotFoundError, NotADirectoryError):  # it existed when the folder was listed, perhaps on another host
         raise UnreadableError(
             f"{file} is not there on {socket.gethostname()}",
@@ -313,7 +313,7 @@ def verify(folder: Path, *, step: int | None = None) -> list[str]:
     return structure(folder, manifest) or content(folder, manifest, manifest.files)
 
 
-def require_whole(folder: Path, *, step: int, allow_missing: bool = False) -> None:
+def require_intact(folder: Path, *, step: int, allow_missing: bool = False) -> None:
     """Refuse a damaged checkpoint, without renaming it.
 
     Args:
@@ -342,7 +342,7 @@ def require_whole(folder: Path, *, step: int, allow_missing: bool = False) -> No
 
 
 @contextlib.contextmanager
-def while_there(folder: Path) -> Iterator[None]:
+def tolerating_deletion(folder: Path) -> Iterator[None]:
     """Read a checkpoint that its run may delete meanwhile (`checkpoint.keep`); files missing then are not damage.
 
     Raises:

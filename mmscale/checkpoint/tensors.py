@@ -132,7 +132,7 @@ class CheckpointTensors:
         self.path = store.path(step)
         self._store = store
         self._hashed: set[str] = set()
-        with integrity.while_there(self.path):
+        with integrity.tolerating_deletion(self.path):
             self._manifest = manifest_of(self.path, step)
             self._index_file = tensor_index.name_in(self._manifest.files)
             self._require([self._index_file, INFO] if INFO in self._manifest.files else [self._index_file])
@@ -200,7 +200,7 @@ class CheckpointTensors:
         """Counters and the optimizer's settings, through torch's restricted reader."""
         if COMMON not in self._manifest.files:
             return {}
-        with integrity.while_there(self.path):
+        with integrity.tolerating_deletion(self.path):
             self._require([COMMON])
             try:
                 found: dict[str, Any] = torch_files.load(self.path / COMMON)
@@ -225,7 +225,7 @@ class CheckpointTensors:
         return found
 
     def _read(self, items: list[ReadItem], planner: DefaultLoadPlanner) -> None:
-        with integrity.while_there(self.path):
+        with integrity.tolerating_deletion(self.path):
             self._require(sorted({self._index.storage_data[item.storage_index].relative_path for item in items}))
             try:
                 self._reader.read_data(LoadPlan(items), planner).wait()

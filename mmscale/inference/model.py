@@ -123,11 +123,11 @@ def open_run(
         transformer = transformer_config(config)
         (module,) = build_chunks(config, groups, transformer=transformer)
         wanted = main_tensors([module], sharded.metadata())
-        with integrity.while_there(found.main):
+        with integrity.tolerating_deletion(found.main):
             load_main_tensors([module], sharded.read(found.main, wanted, partly=True))
         if config.model.auxiliary_width is not None:
             wanted = router_tensors([module], sharded.metadata())
-            with integrity.while_there(found.routers):
+            with integrity.tolerating_deletion(found.routers):
                 load_router_tensors([module], sharded.read(found.routers, wanted, partly=True))
         wrapped = Float16Module(transformer, module) if transformer.bf16 else module
         vocabulary = Vocabulary.from_config(config.vocab)
@@ -162,8 +162,8 @@ def _find(run: Path, step: int | None) -> _Found:
     store = Store.of_run(run)
     chosen = store.choose(step)
     folder = store.path(chosen)
-    with integrity.while_there(folder):
-        integrity.require_whole(folder, step=chosen, allow_missing=allows_missing(run))
+    with integrity.tolerating_deletion(folder):
+        integrity.require_intact(folder, step=chosen, allow_missing=allows_missing(run))
         info = store.info(chosen)
     config = config_of(info, where=folder, run=run)
     routers, width = (find_routers(run, chosen) if config.model.routes else None) or (folder, None)

@@ -27,7 +27,7 @@ from mmscale.model.init import initialize
 from mmscale.model.output import LogitsModel
 from mmscale.model.rope import lengthen, scale_angles
 from mmscale.model.spec import backend, block_spec
-from mmscale.model.untied import tell_final_norm
+from mmscale.model.untied import pass_modalities_to_final_norm
 from mmscale.runtime import device, doctor, transformer_engine
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -191,7 +191,7 @@ def build_chunks(
         # With the group set, the module would return only the angles of this context-parallel rank's part of a
         # sequence. Positions restart with every document, so every rank needs the whole table.
         model.rotary_pos_emb.cp_group = None
-        tell_final_norm(model.decoder, groups.tp.rank())
+        pass_modalities_to_final_norm(model.decoder, groups.tp.rank())
         attach(model, config, groups)
         initialize(model, seed=config.run.seed, std=config.model.init_std, num_layers=config.model.num_layers)
         chunks.append(model.to(device.taken()))

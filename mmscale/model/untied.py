@@ -313,7 +313,7 @@ class UntiedMLP(MLP):
         return super().forward(hidden_states, per_token_scale)  # type: ignore[no-any-return]
 
 
-def tell_final_norm(decoder: nn.Module, tp_rank: int) -> None:
+def pass_modalities_to_final_norm(decoder: nn.Module, tp_rank: int) -> None:
     """Have a decoder pass each micro-batch's modalities to its untied final norm, if it has one.
 
     Args:

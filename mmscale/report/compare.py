@@ -184,7 +184,7 @@ def _notes(baseline: Model, models: Sequence[Model]) -> list[str]:
         notes += _of_stage(model)
         if missing := [view for view in VIEWS if view not in run.losses]:
             notes.append(f"{model.name}: not measured: {'; '.join(MEANING[view] for view in missing)}")
-        notes += _young(model)
+        notes += _few_points_note(model)
         if run.config.model.auxiliary.mode == "joint":
             notes.append(
                 f"{model.name}: auxiliary routers were trained along; their FLOPs are not counted, their time is"
@@ -220,11 +220,11 @@ def _of_stage(model: Model) -> list[str]:
     return found
 
 
-def _young(model: Model) -> list[str]:
+def _few_points_note(model: Model) -> list[str]:
     """A note about seeds with too few points for a curve, by the losses concerned."""
     views: dict[Path, list[View]] = {}
     for view in VIEWS:
-        for run in model.young(view):
+        for run in model.with_few_points(view):
             views.setdefault(run.folder, []).append(view)
     return [
         f"{model.name}: {folder} has fewer than three points of {', '.join(f'{view} losses' for view in some)}: "

@@ -114,7 +114,7 @@ class Model:
         whole, alone = self._curves(view, part, measure)
         return [] if whole is None else [whole, *(curve for curve in alone.values() if curve is not None)]
 
-    def young(self, view: View) -> list[ComparedRun]:
+    def with_few_points(self, view: View) -> list[ComparedRun]:
         """Runs with too few points for a separate curve."""
         found: dict[Path, ComparedRun] = {}
         for part in (ALL, *self.runs[0].config.vocab.names):

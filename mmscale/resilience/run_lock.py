@@ -11,7 +11,7 @@ Every lease has a random token. Only one process can succeed a lease, because it
 token; so of two that start at the same time one is refused.
 
     with RunLock(run, by="train") as lock:
-        lock.take("train-1", attempt=3)      # HeldError: another process trains it
+        lock.acquire("train-1", attempt=3)      # HeldError: another process trains it
         ...                                  # heartbeats in a thread; released at the end
 """
 
@@ -62,7 +62,7 @@ def refuse_held(run: Path, *, job: str = "", known_dead: Collection[str] = ()) -
         _refuse_living(run, held, lambda: owner(run), job=job, known_dead=known_dead)
 
 
-def take(
+def acquire(
     run: Path,
     lease_id: str,
     *,
@@ -173,7 +173,7 @@ def _held(run: Path, held: Lease, *, saving: bool = False) -> HeldError:
             f"{run}: rank 0 of a launch that was killed still saves and ends (process {held.writer.pid})",
             remedy="start again when it has ended",
         )
-    here = "" if held.process.is_here or held.job else f" on {held.host}"
+    here = "" if held.process.runs_on_this_host or held.job else f" on {held.host}"
     return HeldError(
         f"{run} is being trained by {_who(held)}", remedy=f"{shell_command('stop', run)}{here} has it save and end"
     )
@@ -253,7 +253,7 @@ class RunLock:
         by: "train" or "launch".
 
     Attributes:
-        lease: the lease that it holds; None before `take`.
+        lease: the lease that it holds; None before `acquire`.
         keep: do not release the run at the end, because SLURM restarts this job.
     """
 
@@ -264,9 +264,9 @@ class RunLock:
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def take(self, lease_id: str, *, attempt: int, known_dead: Collection[str] = ()) -> Lease:
-        """`run_lock.take`, with heartbeats from then on; again for the next attempt of the same process."""
-        self.lease = take(self.run, lease_id, attempt=attempt, job=self.job, by=self.by, known_dead=known_dead)
+    def acquire(self, lease_id: str, *, attempt: int, known_dead: Collection[str] = ()) -> Lease:
+        """`run_lock.acquire`, with heartbeats from then on; again for the next attempt of the same process."""
+        self.lease = acquire(self.run, lease_id, attempt=attempt, job=self.job, by=self.by, known_dead=known_dead)
         if self._thread is None:
             self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
             self._thread.start()

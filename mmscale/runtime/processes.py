@@ -43,13 +43,13 @@ class Process:
         return cls.of(os.getpid()) or cls(os.getpid())
 
     @property
-    def is_here(self) -> bool:
+    def runs_on_this_host(self) -> bool:
         """Whether its PID is valid here: the same boot of the same machine, and the same namespace."""
         return bool(self.boot and self.namespace) and (self.boot, self.namespace) == (_boot(), _namespace())
 
     def lives(self) -> bool | None:
         """Whether it runs; None if that cannot be found out here."""
-        if not self.is_here:
+        if not self.runs_on_this_host:
             return None
         try:
             found = _stat(self.pid)
@@ -77,7 +77,7 @@ class Process:
         Raises:
             PermissionError: it belongs to another user.
         """
-        if not self.is_here:
+        if not self.runs_on_this_host:
             return False
         try:
             descriptor = os.pidfd_open(self.pid)

@@ -7,7 +7,7 @@ from pathlib import Path
 from mmscale.checkpoint.layout import Store
 from mmscale.config import Config
 from mmscale.runs.done import describe_done, has_finished
-from mmscale.train.preflight import newest_whole
+from mmscale.train.preflight import newest_intact
 from mmscale.train.stages.table import Stage
 
 
@@ -22,7 +22,7 @@ def already_done(stage: Stage, config: Config) -> str:
     """
     folder = stage.folder(Path(config.run.dir) / config.run.name)
     steps = stage.settings(config).train.steps
-    _, info = newest_whole(Store.of_run(folder))
+    _, info = newest_intact(Store.of_run(folder))
     step = info.get("step")
     if not isinstance(step, int) or step < steps or config.checkpoint.mirror is not None:
         return ""

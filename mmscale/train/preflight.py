@@ -80,7 +80,7 @@ def check_resume(
             f"checkpoint.resume is false, but {store.root} holds checkpoints up to step {newest}",
             remedy="start a new run with another run.name, or remove that folder",
         )
-    where, info = newest_whole(store)
+    where, info = newest_intact(store)
     if info:
         check_shape(config, info.get("shape", {}), where=where)
         check_frozen(config, info, where=where)
@@ -271,19 +271,19 @@ def tokenizers_of(run: Path, data: Mapping[str, str]) -> dict[str, str]:
         run: the run's folder.
         data: fingerprints of the data's tokenizers.
     """
-    where, info = newest_whole(Store.of_run(run))
+    where, info = newest_intact(Store.of_run(run))
     return common_tokenizers({Path(where): info.get("tokenizers") or {}, run: data})
 
 
-def newest_whole(store: Store) -> tuple[str, dict[str, Any]]:
+def newest_intact(store: Store) -> tuple[str, dict[str, Any]]:
     """The newest checkpoint that looks intact: its path and its metadata; empty if there is none."""
     for step in reversed(store.steps()):
-        if _looks_whole(store, step):
+        if _looks_intact(store, step):
             return str(store.path(step)), store.info(step)
     return "", {}
 
 
-def _looks_whole(store: Store, step: int) -> bool:
+def _looks_intact(store: Store, step: int) -> bool:
     """Whether a checkpoint's metadata is intact. Ranks read and hash the rest when they load it."""
     folder = store.path(step)
     try:

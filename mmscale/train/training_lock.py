@@ -87,7 +87,7 @@ def held(run: Path, stage: Stage) -> Iterator[str]:
     with run_lock.RunLock(folder, by="train") as lock:
         attempt = next_attempt(folder)
         name = f"{BY_TRAIN}{secrets.token_hex(6)}"
-        lock.take(name, attempt=attempt)
+        lock.acquire(name, attempt=attempt)
         for other in other_stage_folders(run, stage):
             run_lock.refuse_held(other)
         if next_attempt(folder) != attempt:  # another process has trained since the number was read

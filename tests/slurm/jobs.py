@@ -42,7 +42,7 @@ class Run:
     cluster: Cluster
 
     def state(self) -> scheduler.JobState:
-        found = scheduler.patiently(lambda: scheduler.job_state(self.job), patience_s=60)
+        found = scheduler.with_retries(lambda: scheduler.job_state(self.job), patience_s=60)
         assert found is not None
         return found
 

@@ -55,7 +55,7 @@ def connect(url: str) -> Remote:
         CheckpointError: the store cannot be reached.
         ConfigError: there is no such kind of store.
     """
-    return _patiently(functools.partial(Remote, url), what=url)
+    return _with_retries(functools.partial(Remote, url), what=url)
 
 
 def generations(remote: Remote) -> list[MirroredStep]:
@@ -67,9 +67,9 @@ def generations(remote: Remote) -> list[MirroredStep]:
 
     def is_complete(name: str) -> bool:
         look = functools.partial(remote.is_complete, name)
-        return _patiently(look, what=f"{remote.url}/{name}")
+        return _with_retries(look, what=f"{remote.url}/{name}")
 
-    names = _patiently(remote.folders, what=remote.url)
+    names = _with_retries(remote.folders, what=remote.url)
     found = [one for name in names if (one := MirroredStep.parse(name)) is not None]
     return sorted(one for one in found if is_complete(one.name))
 
@@ -126,7 +126,7 @@ def fetch(
         folder = store.begin(manifest.step, manifest.attempt)
         try:
             for name, record in manifest.files.items():
-                _patiently(
+                _with_retries(
                     functools.partial(_fetch, remote, chosen.name, folder, name, record),
                     what=f"{remote.url}/{chosen.name}/{name}",
                 )
@@ -140,7 +140,7 @@ def fetch(
 
 def _manifest(remote: Remote, chosen: MirroredStep) -> CheckpointManifest:
     read = functools.partial(remote.read_text, f"{chosen.name}/{MANIFEST}")
-    text = _patiently(read, what=f"{remote.url}/{chosen.name}")
+    text = _with_retries(read, what=f"{remote.url}/{chosen.name}")
     try:
         manifest = integrity.parse_manifest(text, where=f"{remote.url}/{chosen.name}/{MANIFEST}")
     except DamagedError as error:
@@ -201,7 +201,7 @@ def _fetch_signature(
         except (FileNotFoundError, ValueError):
             return None
 
-    text = _patiently(read, what=f"{remote.url}/{chosen.name}/{SIGNATURE}")
+    text = _with_retries(read, what=f"{remote.url}/{chosen.name}/{SIGNATURE}")
     if text is not None:
         (folder / SIGNATURE).write_text(text, encoding="utf-8")
     if signers is None:
@@ -211,7 +211,7 @@ def _fetch_signature(
         raise CheckpointError(f"{remote.url}/{chosen.name}: {problem}", remedy="fetch one that an allowed key signed")
 
 
-def _patiently(read: Callable[[], T], *, what: str) -> T:
+def _with_retries(read: Callable[[], T], *, what: str) -> T:
     """The result of a read, which is retried if the store fails or returns other bytes than were written.
 
     Raises:

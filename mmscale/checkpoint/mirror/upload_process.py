@@ -71,11 +71,13 @@ class UploadProcess:
         *lines, self._received = self._received.split(b"\n")
         for line in lines:
             with contextlib.suppress(*bounded.BAD_CONTENT):
-                self._hear(bounded.parse_json(line))
+                self._handle_event(bounded.parse_json(line))
         if ended:
             self._process = None
             if not self._idle:
-                self._hear({"event": FAILED, "reason": f"the uploading process ended with {process.returncode}"})
+                self._handle_event(
+                    {"event": FAILED, "reason": f"the uploading process ended with {process.returncode}"}
+                )
 
     def finish(self) -> None:
         """No checkpoint follows: tell the process to end when the mirror is up to date."""
@@ -119,7 +121,7 @@ class UploadProcess:
                 bufsize=0,
             )
         except OSError as error:
-            self._hear({"event": FAILED, "reason": f"the uploading process did not start: {error}"})
+            self._handle_event({"event": FAILED, "reason": f"the uploading process did not start: {error}"})
             return
         assert self._process.stdin is not None and self._process.stdout is not None
         os.set_blocking(self._process.stdout.fileno(), False)
@@ -135,7 +137,7 @@ class UploadProcess:
             os.write(process.stdin.fileno(), f"{line}\n".encode())
             self._sent += 1
 
-    def _hear(self, event: dict[str, Any]) -> None:
+    def _handle_event(self, event: dict[str, Any]) -> None:
         name = str(event.pop("event", ""))
         if name == IDLE:
             self._answered, self._failing = int(event["after"]), False

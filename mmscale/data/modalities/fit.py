@@ -147,7 +147,7 @@ def _item_tokenizer(
         on_progress("measuring what is lost")
         measured = _measure(codec, items)
     said = measured.pop("said", "")
-    save_whole(codec, folder, measured=measured)
+    save_codec(codec, folder, measured=measured)
     on = f"; {said}" if said else ""
     size = f"{codec.vocab_size} codes, {codec.tokens_per_item} tokens per {name}"
     reporter.say(f"{what}: {codec.kind}, {size}{on}")
@@ -189,7 +189,7 @@ def _measure(codec: Codec, items: Sample) -> dict[str, Any]:
     return {"codes_used": 0, "split": "train"}
 
 
-def save_whole(codec: Codec, folder: Path, *, measured: dict[str, Any]) -> None:
+def save_codec(codec: Codec, folder: Path, *, measured: dict[str, Any]) -> None:
     """Write a tokenizer and its measured quality into a folder, atomically."""
     with new_folder(folder) as temporary:
         codec.save(temporary)

@@ -20,7 +20,7 @@ from mmscale.runtime.atomic_files import TEMPORARY, open_atomic
 log = logging.getLogger(__name__)
 
 
-def spare_cache(config: Config) -> Path:
+def fallback_cache(config: Config) -> Path:
     """Folder in the run for indices, used if they cannot be written next to the data."""
     return Path(config.run.dir) / config.run.name / ".cache"
 

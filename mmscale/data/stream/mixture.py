@@ -20,7 +20,7 @@ from mmscale.config import Config
 from mmscale.config.derived import data_seed, first_weights
 from mmscale.data.prepared.manifest import common_tokenizers, has_documents, named_sources, read_manifest
 from mmscale.data.stream.blend_phases import BlendPhases, Phases, later_phases
-from mmscale.data.stream.cache_files import spare_cache
+from mmscale.data.stream.cache_files import fallback_cache
 from mmscale.data.stream.causal_masking import Masking, masking_of
 from mmscale.data.stream.composites import open_source
 from mmscale.data.stream.micro_batch import MicroBatch
@@ -391,6 +391,6 @@ def open_mixture(config: Config, split: str, *, vocabulary: Vocabulary, folder: 
         masking=masking_of(config) if train else None,
         order=data.order,
         cache=Path(data.cache) if data.cache is not None else None,
-        spare=spare_cache(config),
+        spare=fallback_cache(config),
         once=not train,
     )

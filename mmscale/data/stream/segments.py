@@ -24,7 +24,7 @@ from mmscale.config.derived import first_weights
 from mmscale.data.prepared.identity import SourceIdentity, identity_of
 from mmscale.data.prepared.manifest import read_manifest
 from mmscale.data.stream.blend_phases import BlendPhases
-from mmscale.data.stream.cache_files import spare_cache
+from mmscale.data.stream.cache_files import fallback_cache
 from mmscale.data.stream.composites import read_as
 from mmscale.data.stream.mixture import Mixture
 from mmscale.data.stream.orders import open_stream
@@ -207,7 +207,7 @@ def _begin(key: Key, source: Source, closed: Sequence[Segment], config: Config) 
                 masking=segment.masking,
             ),
             order=segment.order,
-            caches=(source.folder / ".cache" if cache is None else Path(cache), spare_cache(config)),
+            caches=(source.folder / ".cache" if cache is None else Path(cache), fallback_cache(config)),
             begin=begin,
         )
         begin = stream.position_after(part.taken, part.taken + np.array(part.more, np.int64))

@@ -13,7 +13,7 @@ from mmscale.config.derived import with_auxiliary_routers
 from mmscale.data.prepared.identity import compare, identities, known
 from mmscale.data.prepared.manifest import Manifest
 from mmscale.errors import ConfigError
-from mmscale.train.preflight import check_function, check_ids, newest_whole
+from mmscale.train.preflight import check_function, check_ids, newest_intact
 from mmscale.train.stages.origin import check_origin, folder_of, main_origin, with_share_of
 
 
@@ -78,7 +78,7 @@ def check_main(config: Config, blend: Mapping[Path, Manifest], yes: bool = False
     portions = config.train.model_copy(update={"micro_batch_size": stage_config(config).train.micro_batch_size})
     check_function(config.model_copy(update={"train": portions}), info, where=where)
     own = Store.of_run(folder_of(run))
-    found, saved = newest_whole(own)
+    found, saved = newest_intact(own)
     if saved:
         check_origin(Path(found), saved, main_origin(store, newest), config)
     elif not yes:

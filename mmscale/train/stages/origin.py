@@ -58,7 +58,7 @@ def find_routers(run: Path, main_step: int) -> tuple[Path, int] | None:
     for step in reversed(own.steps()):
         saved = own.info(step).get("auxiliary", {})
         if {key: saved.get(key) for key in origin} == origin:
-            integrity.require_whole(own.path(step), step=step)
+            integrity.require_intact(own.path(step), step=step)
             return own.path(step), int(saved["width"])
     return None
 

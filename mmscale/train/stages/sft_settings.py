@@ -11,7 +11,7 @@ from mmscale.config import Config, OptimConfig
 from mmscale.config.changes import function_changes
 from mmscale.data.prepared.manifest import Manifest
 from mmscale.errors import CheckpointError, ConfigError
-from mmscale.train.preflight import check_ids, newest_whole
+from mmscale.train.preflight import check_ids, newest_intact
 from mmscale.train.stages.origin import with_share_of
 
 FOLDER = NAME = "sft"
@@ -74,7 +74,7 @@ def check_main(config: Config, blend: Mapping[Path, Manifest], yes: bool = False
         DataError: the conversations were prepared with other tokenizers than the main run's data.
         CheckpointError: there is no main checkpoint, it holds another model, or the stage began from another one.
     """
-    found, saved = newest_whole(Store.of_run(_run_of(config) / FOLDER))
+    found, saved = newest_intact(Store.of_run(_run_of(config) / FOLDER))
     if saved:
         began = saved.get(NAME, {}).get("main_step")
         if config.sft.main_step not in (0, began):
@@ -109,7 +109,7 @@ def main_step(config: Config, store: Store) -> int:
 def with_share(config: Config) -> Config:
     """The configuration with `auto` shares replaced by those of the stage's checkpoint, or of the main one."""
     own = Store.of_run(_run_of(config) / FOLDER)
-    if newest_whole(own)[1]:
+    if newest_intact(own)[1]:
         return with_share_of(config, own)
     store = Store.of_run(_run_of(config))
     return with_share_of(config, store, main_step(config, store))

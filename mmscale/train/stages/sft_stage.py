@@ -14,7 +14,7 @@ from mmscale.data.stream.loader import BatchLoader
 from mmscale.errors import CheckpointError
 from mmscale.runtime.groups import from_first
 from mmscale.train.loop import Hook
-from mmscale.train.preflight import newest_whole
+from mmscale.train.preflight import newest_intact
 from mmscale.train.stages.built import StageInputs, StageServices
 from mmscale.train.stages.main import MainStage
 from mmscale.train.stages.origin import main_origin
@@ -30,7 +30,7 @@ class SftStage(MainStage):
 
     def __init__(self, given: StageInputs) -> None:
         super().__init__(given)
-        saved = from_first(newest_whole(Store.of_run(given.folder))[1] if given.env.is_first else None)
+        saved = from_first(newest_intact(Store.of_run(given.folder))[1] if given.env.is_first else None)
         self._begins = not saved
         self._origin: dict[str, Any] = dict(saved.get(NAME, {})) if saved else self._load_main()
 
@@ -48,7 +48,7 @@ class SftStage(MainStage):
     def _problem(self, store: Store, step: int) -> CheckpointError | None:
         """Why the main checkpoint cannot be used, after reading and hashing all of its files; None: it can."""
         try:
-            integrity.require_whole(
+            integrity.require_intact(
                 store.path(step), step=step, allow_missing=self.given.settings.checkpoint.allow_missing
             )
         except CheckpointError as error:

@@ -111,7 +111,7 @@ def _begins(config: Config, blend: Mapping[Path, Manifest], yes: bool) -> None:
     """The main stage builds on no checkpoint."""
 
 
-def _anything(config: Config) -> None:
+def _trains_every_model(config: Config) -> None:
     """The main stage can train every model."""
 
 
@@ -130,7 +130,7 @@ STAGES = {
             optim="optim",
             settings=_unchanged,
             inherit=_unchanged,
-            check_model=_anything,
+            check_model=_trains_every_model,
             check_origin=_begins,
             recorded=_unchanged,
         ),

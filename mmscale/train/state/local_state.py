@@ -35,7 +35,7 @@ def capture(state: StageState) -> tuple[dict[str, Tensor], dict[str, Any]]:
     plain = {
         "progress": state.progress(),
         "steps": [[group.get("step") for group in inner.param_groups] for inner in _inner(state)],
-        "random": _taken_apart(random_state.capture(), "random", random),
+        "random": _split(random_state.capture(), "random", random),
     }
     return {name: tensor.detach() for name, tensor in tensors.items()} | random, plain
 
@@ -130,13 +130,13 @@ def _moments(inner: torch.optim.Optimizer, param: Tensor) -> dict[str, torch.dty
     return dict.fromkeys(MOMENTS, torch.float32)  # the memory tier refuses Transformer-Engine's own types
 
 
-def _taken_apart(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+def _split(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     """Nested values with tensors replaced by their names; a tuple becomes a list."""
     if isinstance(value, Tensor):
         tensors[name] = value
         return f"{_TENSOR}{name}"
     if isinstance(value, dict):
-        return {key: _taken_apart(entry, f"{name}.{key}", tensors) for key, entry in value.items()}
+        return {key: _split(entry, f"{name}.{key}", tensors) for key, entry in value.items()}
     return value
 
 

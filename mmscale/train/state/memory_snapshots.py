@@ -64,7 +64,7 @@ def memory_of(
         warn: prints warnings for the user, on rank 0.
     """
 
-    def heard(event: str, **fields: Any) -> None:
+    def report_event(event: str, **fields: Any) -> None:
         on_event(event, **fields)
         if event == "memory_restored":
             rebuilt = f", ranks {fields['rebuilt']} rebuilt from parity" if fields["rebuilt"] else ""
@@ -88,7 +88,7 @@ def memory_of(
         hold_s=config.resilience.memory_hold,
         attempt=attempt,
         identity={"configuration": digest(config), "layout": groups.topology()},
-        on_event=heard,
+        on_event=report_event,
     )
     try:
         yield tier

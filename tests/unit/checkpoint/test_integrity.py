@@ -144,7 +144,7 @@ def test_every_fault_is_found_and_names_the_file(folder: Path, fault: str) -> No
     damage(folder)
     assert said in integrity.describe(integrity.verify(folder, step=10))
     with pytest.raises(CheckpointError, match="is damaged") as raised:
-        integrity.require_whole(folder, step=10)
+        integrity.require_intact(folder, step=10)
     assert raised.value.exit_status == 4 and raised.value.remedy
 
 
@@ -157,9 +157,9 @@ def test_a_checkpoint_without_manifest_is_refused_unless_allowed(folder: Path) -
     with pytest.raises(NoManifestError):
         integrity.verify(folder)
     with pytest.raises(CheckpointError, match=MANIFEST) as raised:
-        integrity.require_whole(folder, step=10)
+        integrity.require_intact(folder, step=10)
     assert "checkpoint.allow_missing" in raised.value.remedy
-    integrity.require_whole(folder, step=10, allow_missing=True)
+    integrity.require_intact(folder, step=10, allow_missing=True)
 
 
 def test_a_manifest_of_a_later_format_is_no_damage(folder: Path) -> None:
@@ -175,7 +175,7 @@ def test_what_everyone_may_write_is_refused(folder: Path, where: str) -> None:
     path = folder / where
     path.chmod(path.stat().st_mode | 0o002)
     with pytest.raises(CheckpointError, match="can be written by every user") as raised:
-        integrity.require_whole(folder, step=10)
+        integrity.require_intact(folder, step=10)
     assert "chmod -R o-w" in raised.value.remedy
 
 

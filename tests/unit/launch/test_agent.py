@@ -66,7 +66,7 @@ def test_a_round_is_not_decided_by_the_one_before(tmp_path: Path) -> None:
 
 def test_a_start_in_place_is_an_attempt_of_its_own_under_the_same_lease(tmp_path: Path) -> None:
     environ = {lease.VARIABLE: "7.0.0", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_ID": "7"}
-    run_lock.take(tmp_path, "7.0.0", attempt=4, job="7")
+    run_lock.acquire(tmp_path, "7.0.0", attempt=4, job="7")
     EventLog(tmp_path, 4).add("launch", attempt_id="7.0.0")
     agent.begin_attempt(tmp_path, tmp_path, environ)
     assert len(read_events(tmp_path)) == 1  # the first start is the job's
@@ -80,7 +80,7 @@ def test_a_start_in_place_is_an_attempt_of_its_own_under_the_same_lease(tmp_path
     assert found is not None and (found.id, found.job) == ("7.0.0", "7")
 
     (tmp_path / "config.5.yaml").touch()
-    run_lock.take(tmp_path, "7.1.0", attempt=6, job="7")
+    run_lock.acquire(tmp_path, "7.1.0", attempt=6, job="7")
     agent.begin_attempt(tmp_path, tmp_path, environ)  # not ours any more: the fence ends this rank
     assert len(read_events(tmp_path)) == 3
     with pytest.raises(lease.FencedError, match=r"belongs to attempt 7\.1\.0"):

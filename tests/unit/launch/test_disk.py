@@ -49,11 +49,11 @@ def test_what_comes_before_ranks_is_tried_again_for_a_while(
             raise OSError(errno.EROFS, os.strerror(errno.EROFS))
         return len(tries)
 
-    assert disk.patiently(action) == 4
+    assert disk.with_retries(action) == 4
     assert capsys.readouterr().err.count("Read-only file system; tried again") == 1
     monkeypatch.setattr(disk_module, "_PATIENCE_S", 0.0)
     with pytest.raises(SaveError, match="cannot be written: Read-only file system") as raised:
-        disk.patiently(action)
+        disk.with_retries(action)
     assert raised.value.exit_status == 74 and "mmscale resume" in raised.value.remedy
 
 

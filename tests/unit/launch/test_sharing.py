@@ -64,7 +64,7 @@ def launched(folder: Path, share: str, monkeypatch: pytest.MonkeyPatch) -> Path:
     with job_environment.shared(planned[0].record.checked_profile()):
         (Path(planned[0].record.folder) / "submitit" / "7_0_log.out").write_text("attempt 1\n")
         with RunLock(run, job="7", by="launch") as lock:
-            lock.take("7.0.0", attempt=1)
+            lock.acquire("7.0.0", attempt=1)
             EventLog(run, 1).add("launch", job="7", launch="001")
             EventLog(run, 1).add("start", step=0)
             MetricsLog(run, attempt=1).write(1, {"loss": 2.0})

@@ -232,7 +232,7 @@ def test_a_job_of_another_cluster_is_left_alone(slurm: FakeSlurm, tmp_path: Path
     found = shown(run)
     assert (found["state"], found["ended"]) == ("unknown", False) and "of cluster elsewhere" in found["reason"]
     owner.refuse_busy(run)
-    run_lock.take(run, "7.0.0", attempt=1, job="7")
+    run_lock.acquire(run, "7.0.0", attempt=1, job="7")
     with pytest.raises(LaunchError, match="this machine cannot find out"):
         owner.refuse_busy(run)
 
@@ -429,7 +429,7 @@ def test_resume_of_a_run_that_train_started_says_how_it_goes_on(tmp_path: Path) 
     """`status`, `logs` and `stop` know such a run, so "never launched" alone would send its user to a cluster."""
     run = tmp_path / "run"
     with run_lock.RunLock(run, by="train") as lock:
-        lock.take("train-1", attempt=1)
+        lock.acquire("train-1", attempt=1)
     with pytest.raises(LaunchError, match="was started by `mmscale train`") as refused:
         control.resume(run)
     assert "start the same `mmscale train` again" in refused.value.remedy

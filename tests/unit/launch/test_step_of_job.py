@@ -9,7 +9,7 @@ import pytest
 
 from launch import scheduler
 from launch import srun_step as step
-from launch.scheduler import UnreachableError, patiently
+from launch.scheduler import UnreachableError, with_retries
 from mmscale.errors import LaunchError
 from tests.module_time import replace_time
 
@@ -85,23 +85,23 @@ def test_questions_are_repeated_until_there_is_an_answer(monkeypatch: pytest.Mon
             raise UnreachableError("away")
         return "here"
 
-    assert patiently(ask, patience_s=1800) == "here"
+    assert with_retries(ask, patience_s=1800) == "here"
     pauses = [round(later - earlier) for earlier, later in itertools.pairwise(asked[1:])]
     assert pauses == sorted(pauses) and (pauses[0], pauses[-1]) == (1, 60) and len(pauses) < 12
     now[0] = 0.0
     with pytest.raises(UnreachableError):
-        patiently(ask, patience_s=100)
+        with_retries(ask, patience_s=100)
     assert now[0] <= 100
     now[0] = 0.0
     with pytest.raises(UnreachableError, match="asked to end"):
-        patiently(ask, patience_s=1800, give_up=lambda: now[0] > 5)
+        with_retries(ask, patience_s=1800, give_up=lambda: now[0] > 5)
     assert now[0] < 6
 
     def refuse() -> None:
         raise LaunchError("Invalid job id specified")
 
     with pytest.raises(LaunchError, match="Invalid"):
-        patiently(refuse, patience_s=1800)
+        with_retries(refuse, patience_s=1800)
 
 
 def test_a_command_that_slurmctld_left_in_its_answer_has_none() -> None:

@@ -15,16 +15,16 @@ from mmscale.runs.events import EventLog, read_events
 def test_whoever_takes_a_run_has_it(tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert lease.owner(run) is None
-    first = run_lock.take(run, "7.0.0", attempt=1, job="7")
+    first = run_lock.acquire(run, "7.0.0", attempt=1, job="7")
     assert lease.owner(run) == first and first.process.lives() and first.host
-    run_lock.take(run, "7.1.0", attempt=2, job="7")
+    run_lock.acquire(run, "7.1.0", attempt=2, job="7")
     found = lease.owner(run)
     assert found is not None and (found.id, found.attempt) == ("7.1.0", 2)
     assert [file.name for file in run.iterdir()] == [LEASE]
 
 
 def test_only_the_owner_gives_it_up_or_renews_it(tmp_path: Path) -> None:
-    run_lock.take(tmp_path, "7.1.0", attempt=2)
+    run_lock.acquire(tmp_path, "7.1.0", attempt=2)
     lease.release(tmp_path, "7.0.0")
     with pytest.raises(FencedError, match=r"belongs to attempt 7\.1\.0 now, and not to 7\.0\.0"):
         lease.renew(tmp_path, "7.0.0", attempt=3)
@@ -42,11 +42,11 @@ def test_only_the_owner_gives_it_up_or_renews_it(tmp_path: Path) -> None:
 
 
 def test_an_old_attempt_writes_no_event(tmp_path: Path) -> None:
-    run_lock.take(tmp_path, "7.0.0", attempt=1)
+    run_lock.acquire(tmp_path, "7.0.0", attempt=1)
     fence = Fence.of_rank(tmp_path, 0, {VARIABLE: "7.0.0"})
     events = EventLog(tmp_path, 1, may_write=fence.check)
     events.add("start")
-    run_lock.take(tmp_path, "7.1.0", attempt=2)
+    run_lock.acquire(tmp_path, "7.1.0", attempt=2)
     with pytest.raises(FencedError, match=r"belongs to attempt 7\.1\.0 now; this one, 7\.0\.0, ends"):
         events.add("save_committed", step=3)
     assert [event["event"] for event in read_events(tmp_path)] == ["start"]
@@ -58,10 +58,10 @@ def test_an_old_attempt_writes_no_event(tmp_path: Path) -> None:
 
 
 def test_it_looks_now_and_then_but_checks_every_time(tmp_path: Path) -> None:
-    run_lock.take(tmp_path, "7.0.0", attempt=1)
+    run_lock.acquire(tmp_path, "7.0.0", attempt=1)
     fence = Fence(tmp_path, "7.0.0", every_s=3600)
     fence.check_if_due()
-    run_lock.take(tmp_path, "7.1.0", attempt=2)
+    run_lock.acquire(tmp_path, "7.1.0", attempt=2)
     fence.check_if_due()
     with pytest.raises(FencedError):
         fence.check()

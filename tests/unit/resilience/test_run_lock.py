@@ -35,7 +35,7 @@ run_lock.BEAT_S, run_lock.SILENT_S = BEAT, SILENT
 run, job, by = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 with RunLock(run, job=job, by=by) as lock:
     try:
-        lock.take(f"{by}-{job}.holder", attempt=1)
+        lock.acquire(f"{by}-{job}.holder", attempt=1)
     except LaunchError as error:
         print("refused", error, flush=True)
         sys.exit(error.exit_status)
@@ -112,7 +112,7 @@ def test_a_dead_holder_costs_nothing_on_its_own_machine(tmp_path: Path, monkeypa
         while (Path(f"/proc/{holder.pid}/stat").read_text().rpartition(")")[2].split()[0]) != "Z":
             time.sleep(0.01)
         replace_time(monkeypatch, run_lock, sleep=lambda seconds: pytest.fail(f"it waits {seconds} s"))
-        run_lock.take(tmp_path, "again", attempt=2)
+        run_lock.acquire(tmp_path, "again", attempt=2)
     mine = Process.this()
     recycled = lease.Lease(
         "old", 1, "", os.uname().nodename, Process(mine.pid, mine.started - 5, mine.boot, mine.namespace)
@@ -124,18 +124,18 @@ def test_a_dead_holder_costs_nothing_on_its_own_machine(tmp_path: Path, monkeypa
 def test_a_dead_holder_that_cannot_be_seen_is_told_by_its_silence(tmp_path: Path, hurried: None) -> None:
     with held(tmp_path, place="another PID namespace") as holder:
         with pytest.raises(HeldError, match=r"is being trained by process \d+ on .*mmscale stop .* on "):
-            run_lock.take(tmp_path, "second", attempt=2)
+            run_lock.acquire(tmp_path, "second", attempt=2)
         holder.kill()
         holder.wait()
         began = time.monotonic()
-        run_lock.take(tmp_path, "second", attempt=2)
+        run_lock.acquire(tmp_path, "second", attempt=2)
         assert time.monotonic() - began >= SILENT_S
 
 
 def test_a_copy_of_a_folder_is_not_held_by_the_holder_of_the_original(tmp_path: Path, hurried: None) -> None:
     with held(tmp_path / "run"):
         shutil.copytree(tmp_path / "run", tmp_path / "copy")
-        run_lock.take(tmp_path / "copy", "other", attempt=2)
+        run_lock.acquire(tmp_path / "copy", "other", attempt=2)
         (tmp_path / "run").rename(tmp_path / "renamed")
         with pytest.raises(HeldError):
             run_lock.refuse_held(tmp_path / "renamed")
@@ -169,7 +169,7 @@ def test_two_that_follow_a_dead_one_do_not_both_succeed_it(tmp_path: Path, monke
     monkeypatch.setattr(run_lock, "_succeed", late)
     try:
         with pytest.raises(HeldError, match="is being trained by"):
-            run_lock.take(tmp_path, "late", attempt=2)
+            run_lock.acquire(tmp_path, "late", attempt=2)
     finally:
         other[0].kill()
         other[0].communicate()
@@ -186,7 +186,7 @@ def test_one_that_dies_between_claim_and_publication_is_succeeded(tmp_path: Path
         claim.write_bytes(lease.encode(gone if number == 2 else lease.replace(gone, folder=lease.inode(tmp_path))))
         if number == 2:
             claim.write_bytes(lease.encode(lease.replace(gone, folder=lease.inode(tmp_path))))
-    run_lock.take(tmp_path, "next", attempt=2)
+    run_lock.acquire(tmp_path, "next", attempt=2)
     assert [file.name for file in tmp_path.iterdir()] == [LEASE]
     found = lease.owner(tmp_path)
     assert found is not None and found.id == "next"
@@ -197,8 +197,8 @@ def test_a_file_system_without_links_will_do(tmp_path: Path, monkeypatch: pytest
         raise OSError(errno.EPERM, "no links here")
 
     monkeypatch.setattr(Path, "hardlink_to", refuse)
-    run_lock.take(tmp_path, "first", attempt=1)
-    run_lock.take(tmp_path, "second", attempt=2)
+    run_lock.acquire(tmp_path, "first", attempt=1)
+    run_lock.acquire(tmp_path, "second", attempt=2)
     found = lease.owner(tmp_path)
     assert found is not None and found.attempt == 2
     assert [file.name for file in tmp_path.iterdir()] == [LEASE]
@@ -207,9 +207,9 @@ def test_a_file_system_without_links_will_do(tmp_path: Path, monkeypatch: pytest
 def test_a_job_takes_over_from_its_earlier_starts_and_slurm_may_know_that_one_is_over(tmp_path: Path) -> None:
     with held(tmp_path, job="7", by="launch"):
         with pytest.raises(HeldError, match="of job 7"):
-            run_lock.take(tmp_path, "8.0.0", attempt=2, job="8")
+            run_lock.acquire(tmp_path, "8.0.0", attempt=2, job="8")
         run_lock.refuse_held(tmp_path, job="7")
-        run_lock.take(tmp_path, "8.0.0", attempt=2, job="8", known_dead=("launch-7.holder",))
+        run_lock.acquire(tmp_path, "8.0.0", attempt=2, job="8", known_dead=("launch-7.holder",))
         fence = Fence(tmp_path, "launch-7.holder", every_s=0)
         with pytest.raises(FencedError, match=r"belongs to attempt 8\.0\.0 now"):
             fence.check()
@@ -259,7 +259,7 @@ def test_an_error_of_the_storage_ends_nothing(
     """Neither the attempt nor the hold on it; only a lease that is somebody else's does."""
     monkeypatch.setattr(lease, "_PAUSE_S", 0.01)
     with RunLock(tmp_path) as lock:
-        lock.take("mine", attempt=1)
+        lock.acquire("mine", attempt=1)
         fence = Fence(tmp_path, "mine", every_s=0)
         broken = threading.Event()
         for module, name in ((Path, "read_bytes"), (os, "open")):
@@ -304,7 +304,7 @@ def test_a_full_disk_stops_no_beat(tmp_path: Path, hurried: None) -> None:
         pytest.skip("this user may not mount a tmpfs")
     try:
         with RunLock(tmp_path / "run") as lock:
-            lock.take("mine", attempt=1)
+            lock.acquire("mine", attempt=1)
             with contextlib.suppress(OSError), (tmp_path / "full").open("wb", buffering=0) as file:
                 while True:
                     file.write(b"0" * 4096)
@@ -334,5 +334,5 @@ def test_a_lease_of_an_older_version_counts_by_the_number_of_its_process(tmp_pat
     run_lock.refuse_held(tmp_path)
     left(os.getpid(), "elsewhere")
     began = time.monotonic()
-    run_lock.take(tmp_path, "next", attempt=2)
+    run_lock.acquire(tmp_path, "next", attempt=2)
     assert time.monotonic() - began >= SILENT_S

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mmscale.data.modalities.fit import QUALITY, save_whole
+from mmscale.data.modalities.fit import QUALITY, save_codec
 from mmscale.data.modalities.image_kinds import load_image_tokenizer
 from mmscale.data.modalities.image_tokens import (
     KMeansTokenizer,
@@ -159,7 +159,7 @@ def test_patch_must_tile_the_image() -> None:
 
 @pytest.mark.parametrize("tokenizer", [LevelsTokenizer(16, 3, 256), fitted(), residual()])
 def test_saved_tokenizer_is_the_same(tokenizer: Any, tmp_path: Path) -> None:
-    save_whole(tokenizer, tmp_path / "image_tokenizer", measured={"psnr_db": 20.0})
+    save_codec(tokenizer, tmp_path / "image_tokenizer", measured={"psnr_db": 20.0})
     loaded = load_image_tokenizer(tmp_path / "image_tokenizer")
     assert loaded.fingerprint() == tokenizer.fingerprint()
     np.testing.assert_array_equal(loaded.encode(photos(2)), tokenizer.encode(photos(2)))
@@ -217,7 +217,7 @@ def test_vq(kind: str, tmp_path: Path) -> None:
     else:
         drawn = tokenizer.decode(codes)
         assert drawn.shape == images.shape and drawn.dtype == np.uint8
-    save_whole(tokenizer, tmp_path / "image_tokenizer", measured={})
+    save_codec(tokenizer, tmp_path / "image_tokenizer", measured={})
     loaded = load_image_tokenizer(tmp_path / "image_tokenizer")
     assert loaded.fingerprint() == tokenizer.fingerprint()
     np.testing.assert_array_equal(loaded.encode(images), codes)
@@ -296,7 +296,7 @@ def test_vq_within_a_whole_model(kind: str, tmp_path: Path, capfd: pytest.Captur
     assert tokenizer.fingerprint() == alone.fingerprint()
     codes = tokenizer.encode(photos(2))
     np.testing.assert_array_equal(alone.encode(photos(2)), codes)
-    save_whole(tokenizer, tmp_path / "image_tokenizer", measured={})
+    save_codec(tokenizer, tmp_path / "image_tokenizer", measured={})
     loaded = load_image_tokenizer(tmp_path / "image_tokenizer")
     assert loaded.fingerprint() == tokenizer.fingerprint()
     np.testing.assert_array_equal(loaded.decode(codes), tokenizer.decode(codes))

@@ -20,7 +20,8 @@ from mmscale.data.prepared.manifest import (
 )
 from mmscale.data.vocab import IMAGE, Vocabulary
 from mmscale.errors import CheckpointError, DataError, UsageError, shell_command
-from mmscale.inference.supported_routing import saved_model
+from mmscale.inference.supported_routing import LACKING, saved_model
+from mmscale.tables.routings import Needs
 
 
 class NoRoutersError(CheckpointError):
@@ -90,12 +91,16 @@ def refuse_without_routers(
     """
     if not model.routes or (thresholds if routing == "threshold" else auxiliary):
         return
-    alternative = ", or export with --routing threshold" if thresholds else ""
-    what = "averaged cut-offs" if routing == "threshold" else "auxiliary routers"
+    if routing == "threshold":
+        what, remedy = "averaged cut-offs", LACKING[Needs.THRESHOLDS][1]
+    else:
+        what = "auxiliary routers"
+        remedy = f"train them: {shell_command('train', run / 'config.yaml', '--stage', 'auxiliary')}"
+        remedy += ", or export with --routing threshold" if thresholds else ""
     raise NoRoutersError(
         f"{where} has no {what}: its experts choose among all tokens of a sequence, later ones too, so that "
         "it cannot generate",
-        remedy=f"train them: {shell_command('train', run / 'config.yaml', '--stage', 'auxiliary')}{alternative}",
+        remedy=remedy,
     )
 
 

@@ -102,6 +102,13 @@ ROWS = [
     Row("ckpt upcycle run wide --experts text=2,image=2", "wide has checkpoints already", "a new run folder", 4),
     Row("ckpt upcycle run out --untie mlp", "'mlp' is no part", "attention", 2),
     Row("ckpt show run --slice 0", "--slice needs a tensor", "--tensor NAME", 2),
+    # routings
+    Row("convert to-hf run out", "has no auxiliary routers", "mmscale train run/config.yaml --stage auxiliary", 4),
+    *(
+        Row(f"{command} --routing threshold", "no averaged cut-offs", "model.experts.threshold_decay=0.99", 4)
+        for command in ("convert to-hf run out", "sample run --prompt x")
+    ),
+    Row("eval run --routing threshold", "kept no averages", "model.experts.threshold_decay=0.99", 2),
     # scores
     Row("data score none --by perplexity:run", "there is no folder none", "mmscale data prepare", 3),
     Row("data score set --by perplexity:run --name tokens", "'tokens' cannot be the name", "another --name", 2),

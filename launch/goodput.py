@@ -18,8 +18,8 @@ def goodput(
     """Productive time over allocated time, and the time of each part.
 
     An attempt starts with its "launch" event (the first attempt of a job with the start of the job, `since`); without a
-    launcher, with the start of its process, the `since` of "start" or "resume". It ends with its last event or now. The
-    time until "start" or "resume" is start-up. The rest is steps, save stalls and evaluation. Steps after the
+    launcher, with the start of its process, the `since` of "start" or "resume". It ends with its last event or line, or
+    now. The time until "start" or "resume" is start-up. The rest is steps, save stalls and evaluation. Steps after the
     checkpoint from which the next attempt resumes are lost, and so is the rest of an attempt that was killed or
     crashed. The rest of an attempt that saved its last step and ended in order (logging, leaving the ranks) is "other".
     Between attempts the run waits.
@@ -49,7 +49,9 @@ def goodput(
         ended = next((e for e in reversed(mine) if e["event"] in ORDERLY_ENDS), None)
         over = ended is not None or any(e["event"] in ("ranks_ended", "gave_up") for e in mine)
         over = over or place + 1 < len(order)
-        end = max(mine[-1]["time"], begin) if over else max(now, begin)
+        # A killed attempt has no event of its end: it lived at least until its last line.
+        known = [float(line["time"]) for line in lines.get(number, []) if "time" in line]
+        end = max(mine[-1]["time"], begin, *known) if over else max(now, begin)
         if previous_end is not None:
             times["waiting"] += max(0.0, begin - previous_end)
         previous_end = end

@@ -32,6 +32,7 @@ class StepGroup:
         save_stall_s: sum.
         eval_s: sum.
         timed: whether a line had a step time.
+        time: of the last line [seconds since 1970]; 0: unknown (progress of older versions).
     """
 
     step: int
@@ -39,6 +40,7 @@ class StepGroup:
     save_stall_s: float = 0.0
     eval_s: float = 0.0
     timed: bool = False
+    time: float = 0.0
 
     def add(self, other: StepGroup) -> None:
         """Merge the following group into this one."""
@@ -47,6 +49,7 @@ class StepGroup:
         self.save_stall_s += other.save_stall_s
         self.eval_s += other.eval_s
         self.timed = self.timed or other.timed
+        self.time = max(self.time, other.time)
 
 
 @dataclass
@@ -76,7 +79,7 @@ class RunProgress:
     def file(self, run: Path) -> tuple[Path, bytes]:
         """The file for the progress, and its content. Only one process of a run writes it: its job."""
         groups = {
-            number: [[one.step, one.seconds, one.save_stall_s, one.eval_s, one.timed] for one in found]
+            number: [[one.step, one.seconds, one.save_stall_s, one.eval_s, one.timed, one.time] for one in found]
             for number, found in self.attempts.items()
         }
         return run / PROGRESS, json.dumps({"offset": self.offset, "last": self.last, "attempts": groups}).encode()
@@ -104,6 +107,7 @@ class RunProgress:
             for one in groups:
                 steps = 1 if reached is None else one.step - reached
                 line = {"step": one.step, "attempt": number, "save_stall_s": one.save_stall_s, "eval_s": one.eval_s}
+                line |= {"time": one.time} if one.time else {}
                 found.append(line | {"step_time_s": one.seconds / steps} if one.timed and steps > 0 else line)
                 reached = max(one.step, reached or 0) if one.timed else reached
         return found
@@ -140,6 +144,7 @@ class RunProgress:
             float(line.get("save_stall_s", 0.0)),
             float(line.get("eval_s", 0.0)),
             timed,
+            float(line.get("time", 0.0)),
         )
         if groups and not steps:  # only pauses, or steps repeated after a roll-back
             groups[-1].add(one)

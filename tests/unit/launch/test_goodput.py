@@ -164,6 +164,14 @@ def test_steps_after_the_last_logged_one_count_with_their_own_time(recorded: dic
     assert (times["steps"], times["other"]) == (counted, 100 - counted)
 
 
+def test_a_killed_attempt_lived_until_its_last_line() -> None:
+    """Saved after 10 of 30 s, killed at 30 s, started again at 50 s: the page says the same, from the same lines."""
+    events = [event(0, 1, "start", step=0), event(10, 1, "save_committed", step=10), event(50, 2, "resume", step=10)]
+    metrics = [line | {"time": float(line["step"])} for line in steps(1, 1, 30, 1.0)]
+    _, times = goodput(events, metrics, now=50)
+    assert (times["steps"], times["lost"], times["waiting"]) == (10, 20, 20)
+
+
 @pytest.mark.parametrize("end", ["finish", "stop"])
 def test_a_run_that_nobody_launched_is_over_with_its_last_event(end: str) -> None:
     events = [event(0, 1, "launch"), event(0, 1, "start", step=0), event(20, 1, end, step=20)]

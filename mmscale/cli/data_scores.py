@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mmscale.cli.data_weights import DataSet, Workers
+from mmscale.cli.data_weights import DataSet
 from mmscale.cli.named_files import split_step
 from mmscale.cli.output import Json, emit, pairs
 from mmscale.errors import UsageError
@@ -55,7 +55,15 @@ def score(
             help="Share of the attention heads that influence masks. Default: 0.05.",
         ),
     ] = None,
-    workers: Workers = 2,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            "--workers",
+            min=1,
+            show_default=False,
+            help="Processes. Default: 2; for scores by a run 1, because each has a model of its own.",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Write a score of each training document beside the data, for `mmscale data select`.
@@ -68,14 +76,16 @@ def score(
 
     kind, _, argument = by.partition(":")
     if kind in RUN_SCORES and argument:
-        result = _score_by_run(folder, kind, argument, name, routing=routing, heads=heads, as_json=as_json)
+        result = _score_by_run(
+            folder, kind, argument, name, routing=routing, heads=heads, workers=workers or 1, as_json=as_json
+        )
     elif routing is not None or heads is not None:
         raise UsageError(
             f"data score: --by {by} has no {'--routing' if routing is not None else '--heads'}",
             remedy=f"leave it out, or score by a run: {', '.join(f'{one}:RUN' for one in RUN_SCORES)}",
         )
     else:
-        result = score_without_run(folder, by, name=name, workers=workers, reporter=Reporter(enabled=not as_json))
+        result = score_without_run(folder, by, name=name, workers=workers or 2, reporter=Reporter(enabled=not as_json))
     emit(result, as_json=as_json, text=lambda: _scored(result))
 
 
@@ -87,6 +97,7 @@ def _score_by_run(
     *,
     routing: str | None,
     heads: float | None,
+    workers: int,
     as_json: bool,
 ) -> dict[str, Any]:
     from mmscale.data.progress import Reporter
@@ -109,6 +120,7 @@ def _score_by_run(
         routing=chosen,
         heads=HEADS if heads is None else heads,
         name=name,
+        workers=workers,
         reporter=Reporter(enabled=not as_json),
     )
 

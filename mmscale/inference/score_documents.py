@@ -6,11 +6,15 @@ continues. D documents, K modalities.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +24,14 @@ import xxhash
 from numpy.typing import NDArray
 
 from mmscale.data.arrays import read_array
+from mmscale.data.in_processes import in_processes
 from mmscale.data.prepared.folder_lock import write_error
 from mmscale.data.prepared.identity import identity_of
 from mmscale.data.prepared.manifest import TRAIN, check_tokenizers, read_manifest
 from mmscale.data.progress import Reporter
 from mmscale.data.scoring.stored import check_names, write_scores
 from mmscale.data.stream.source import Source
+from mmscale.errors import DataError
 from mmscale.inference.document_losses import LABELS, LIKELIEST, LOSS, document_sums
 from mmscale.inference.model import RunModel, open_run
 from mmscale.inference.retrieval_heads import best_heads, masked_heads, retrieval_scores
@@ -75,6 +81,7 @@ def score_by_run(
     routing: Routing = Routing.CAUSAL,
     heads: float = HEADS,
     name: str | None = None,
+    workers: int = 1,
     reporter: Reporter,
 ) -> dict[str, Any]:
     """Write a score of each training document to scores/NAME.npy, and of its modalities to scores/NAME_MODALITY.npy.
@@ -89,6 +96,7 @@ def score_by_run(
         routing: mode by which experts are assigned to tokens.
         heads: share of the attention heads that influence masks.
         name: of the score; default: the kind.
+        workers: processes, each with a model of its own.
         reporter: shows the progress.
 
     Returns:
@@ -97,7 +105,7 @@ def score_by_run(
 
     Raises:
         CheckpointError: there is no such checkpoint, or it is damaged.
-        DataError: the data set is damaged, or was made with other tokenizers.
+        DataError: the data set is damaged, or was made with other tokenizers; or a process was killed.
         UsageError: the checkpoint does not support that routing, or the name is invalid.
     """
     name = name or kind
@@ -116,8 +124,19 @@ def score_by_run(
             made |= {"heads": chosen, "retrieval": [round(float(found[one]), 4) for one in chosen]}
         cache = _SliceCache(folder, name, [identity_of(folder, manifest), _digest(model), routing.value, chosen])
         passes = [[], chosen] if chosen else [[]]
-        sums = [_all_sums(model, source, one, routing=routing, cache=cache, reporter=reporter) for one in passes]
         trained_on = any(Path(one.path).resolve() == folder.resolve() for one in model.config.data.sources)
+        shape = (len(source), len(model.vocabulary.names))
+        work = _SliceWork(folder, run, model.step, routing, cache)
+        jobs = [job for heads in passes for job in _missing(cache, heads, shape)]
+        several = min(workers, len(jobs)) > 1
+        if not several:
+            _do(jobs, lambda job: work.keep(model, source, job), reporter)
+    if several:  # this process needs its model no longer
+        with reporter.bar("slices of documents", len(jobs)) as advance:
+            threads = max(1, (os.cpu_count() or 1) // workers)
+            for done, _ in enumerate(in_processes(partial(_in_process, work, threads), jobs, workers)):
+                advance(done + 1)
+    sums = [_kept(cache, heads, shape) for heads in passes]
     value = VALUES[kind]
     scores = {name: value(sums[0].sum(axis=1), sums[-1].sum(axis=1))}
     for number, modality in enumerate(manifest.modalities):
@@ -127,30 +146,91 @@ def score_by_run(
     return result | made | {"trained_on": trained_on}
 
 
-def _all_sums(
-    model: RunModel,
-    source: Source,
-    heads: list[tuple[int, int]],
-    *,
-    routing: Routing,
-    cache: _SliceCache,
-    reporter: Reporter,
-) -> Sums:
-    """Sums of all documents with masked heads, float64 [D, K, 3]."""
-    found: list[Sums] = []
-    what = "documents without retrieval heads" if heads else "documents"
-    with masked_heads(model, heads), reporter.bar(what, len(source)) as advance:
-        for first in range(0, len(source), SLICE):
-            numbers = np.arange(first, min(first + SLICE, len(source)))
-            file = f"{'masked' if heads else 'all'}-{first}.npy"
-            rows = source.rows(numbers)
-            sums = cache.read(file, rows.trained.shape)
-            if sums is None:
-                documents = np.split(source.read(numbers, rows), np.cumsum(rows.lengths)[:-1])
-                sums = document_sums(model, documents, rows.trained, routing=routing)
-                cache.write(file, sums)
-            found.append(sums)
-            advance(int(numbers[-1]) + 1)
+@dataclass(frozen=True)
+class _Slice:
+    """Documents whose sums are kept in one file, and the attention heads that are masked."""
+
+    heads: tuple[tuple[int, int], ...]
+    first: int
+    stop: int
+
+    @property
+    def file(self) -> str:
+        return f"{'masked' if self.heads else 'all'}-{self.first}.npy"
+
+
+@dataclass(frozen=True)
+class _SliceWork:
+    """The inputs of all slices.
+
+    Attributes:
+        folder: the data set.
+        run: the run's folder.
+        step: the checkpoint.
+        routing: mode by which experts are assigned to tokens.
+        cache: receives the sums.
+    """
+
+    folder: Path
+    run: Path
+    step: int
+    routing: Routing
+    cache: _SliceCache
+
+    def keep(self, model: RunModel, source: Source, job: _Slice) -> None:
+        """Compute the sums of a slice."""
+        numbers = np.arange(job.first, job.stop)
+        rows = source.rows(numbers)
+        documents = np.split(source.read(numbers, rows), np.cumsum(rows.lengths)[:-1])
+        with masked_heads(model, job.heads):
+            self.cache.write(job.file, document_sums(model, documents, rows.trained, routing=self.routing))
+
+
+_open = contextlib.ExitStack()  # in a process of a pool, which computes several slices
+_opened: list[tuple[RunModel, Source]] = []
+
+
+def _in_process(work: _SliceWork, threads: int, job: _Slice) -> None:
+    """Compute the sums of a slice in a process of a pool, which keeps the model until it ends."""
+    if not _opened:
+        torch.set_num_threads(threads)
+        model = _open.enter_context(open_run(work.run, step=work.step))
+        _opened.append((model, Source(work.folder, split=TRAIN, vocabulary=model.vocabulary)))
+    work.keep(*_opened[0], job)
+
+
+def _slices(heads: Sequence[tuple[int, int]], documents: int) -> list[_Slice]:
+    """All slices."""
+    return [_Slice(tuple(heads), first, min(first + SLICE, documents)) for first in range(0, documents, SLICE)]
+
+
+def _missing(cache: _SliceCache, heads: Sequence[tuple[int, int]], shape: tuple[int, int]) -> list[_Slice]:
+    """Slices without sums; `shape`: documents and modalities."""
+    return [job for job in _slices(heads, shape[0]) if cache.read(job.file, (job.stop - job.first, shape[1])) is None]
+
+
+def _do(jobs: Sequence[_Slice], work: Callable[[_Slice], None], reporter: Reporter) -> None:
+    """Compute slices one by one."""
+    done = 0
+    with reporter.bar("documents", sum(job.stop - job.first for job in jobs)) as advance:
+        for job in jobs:
+            work(job)
+            done += job.stop - job.first
+            advance(done)
+
+
+def _kept(cache: _SliceCache, heads: Sequence[tuple[int, int]], shape: tuple[int, int]) -> Sums:
+    """Sums of all documents with masked heads, float64 [D, K, 3].
+
+    Raises:
+        DataError: a slice is gone.
+    """
+    found = []
+    for job in _slices(heads, shape[0]):
+        sums = cache.read(job.file, (job.stop - job.first, shape[1]))
+        if sums is None:
+            raise DataError(f"data: the sums {job.file} were removed meanwhile", remedy="run the command again")
+        found.append(sums)
     return np.concatenate(found)
 
 

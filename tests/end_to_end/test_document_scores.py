@@ -221,6 +221,24 @@ def test_an_interrupted_command_continues(runs: dict[str, Path], few: Path, monk
     assert (few / "scores/perplexity.npy").read_bytes() == continued
 
 
+@pytest.mark.parametrize("kind", ["perplexity", "influence"])
+def test_several_processes_write_the_same_scores(
+    runs: dict[str, Path], few: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(score_documents, "SLICE", 50)
+    monkeypatch.setattr(score_documents.os, "cpu_count", lambda: 1)  # sums of several threads are rounded otherwise
+    score_documents.score_by_run(few, kind, runs["moma_depth"], heads=0.5, reporter=SILENT)
+    alone = {file.name: file.read_bytes() for file in (few / "scores").iterdir()}
+    shutil.rmtree(few / "scores")
+
+    def here(*_: Any, **__: Any) -> NDArray[np.float64]:
+        raise AssertionError("this process computes a slice")
+
+    monkeypatch.setattr(score_documents, "document_sums", here)
+    score_documents.score_by_run(few, kind, runs["moma_depth"], heads=0.5, workers=2, reporter=SILENT)
+    assert {file.name: file.read_bytes() for file in (few / "scores").iterdir()} == alone
+
+
 def test_slices_of_another_checkpoint_are_not_used(runs: dict[str, Path], few: Path) -> None:
     """The key contains the weights, so a run that was trained further starts anew."""
     keys = []

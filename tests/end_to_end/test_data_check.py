@@ -32,7 +32,7 @@ def events(run: Path) -> list[dict[str, Any]]:
     return [event for event in read_events(run) if event["event"].startswith("data_")]
 
 
-@pytest.mark.parametrize("mode", ["once", "node", "off"])
+@pytest.mark.parametrize("mode", ["once", *(pytest.param(one, marks=pytest.mark.long) for one in ("node", "off"))])
 def test_data_as_prepared(config: Path, digits: Path, tmp_path: Path, mode: str) -> None:
     life = Life(["train", str(config), f"run.dir={tmp_path}", *SETTINGS, f"data.verify={mode}"], faults=SLOW)
     assert set(life.end().values()) == {0}, life.said

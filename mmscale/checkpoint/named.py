@@ -72,7 +72,7 @@ def find(path: Path, step: int | None = None) -> NamedCheckpoint:
     store = open_store(path)
     chosen = store.choose(step)
     folder = store.path(chosen)
-    with integrity.while_there(folder):
+    with integrity.tolerating_deletion(folder):
         manifest = manifest_of(folder, chosen)
         return NamedCheckpoint(folder, chosen, manifest, store.info(chosen))
 

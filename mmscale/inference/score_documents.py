@@ -24,10 +24,10 @@ import xxhash
 from numpy.typing import NDArray
 
 from mmscale.data.arrays import read_array
-from mmscale.data.in_processes import in_processes
 from mmscale.data.prepared.folder_lock import write_error
 from mmscale.data.prepared.identity import identity_of
 from mmscale.data.prepared.manifest import TRAIN, check_tokenizers, read_manifest
+from mmscale.data.process_pool import map_in_processes
 from mmscale.data.progress import Reporter
 from mmscale.data.scoring.stored import check_names, write_scores
 from mmscale.data.stream.source import Source
@@ -134,7 +134,7 @@ def score_by_run(
     if several:  # this process needs its model no longer
         with reporter.bar("slices of documents", len(jobs)) as advance:
             threads = max(1, (os.cpu_count() or 1) // workers)
-            for done, _ in enumerate(in_processes(partial(_in_process, work, threads), jobs, workers)):
+            for done, _ in enumerate(map_in_processes(partial(_in_process, work, threads), jobs, workers)):
                 advance(done + 1)
     sums = [_kept(cache, heads, shape) for heads in passes]
     value = VALUES[kind]

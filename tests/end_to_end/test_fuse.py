@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from checkpoints_tools.fuse import _tokenizers
+from checkpoints_tools.fused_settings import fused_tokenizers
 from checkpoints_tools.sources import open_source
 from mmscale.data.stream.packed import pack_rows
 from mmscale.data.vocab import EOS, SPECIAL_TOKENS
@@ -144,7 +144,7 @@ def test_other_tokenizers_are_refused() -> None:
         for name, found in (("a", {"text": "1", "image": "2"}), ("b", {"text": "3", "image": "2"}))
     )
     with pytest.raises(CheckpointError, match="a and b have different tokenizers of text"):
-        _tokenizers(one, other)  # type: ignore[arg-type]
+        fused_tokenizers(one, other)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

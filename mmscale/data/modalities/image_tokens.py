@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from mmscale.data.arrays import read_array
 from mmscale.data.modalities.image_settings import Fitting, write_settings
-from mmscale.data.modalities.patches import Book, Codes, Pixels, cluster, codebook, silent, to_patches
+from mmscale.data.modalities.patches import Book, Codes, Pixels, cluster, codebook, from_patches, silent, to_patches
 from mmscale.errors import DataError
 
 FOLDER = "image_tokenizer"
@@ -199,11 +199,7 @@ class KMeansTokenizer:
 
     def decode(self, codes_nT: Codes) -> Pixels:
         """Codes int [n, T] to images uint8 [n, H, W, C]."""
-        codes = np.asarray(codes_nT)
-        n, (rows, columns), p = len(codes), self.grid, self.patch
-        patches = self.codebook_KD[codes].reshape(n, rows, columns, p, p, self.channels)
-        images: Pixels = patches.transpose(0, 1, 3, 2, 4, 5).reshape(n, self.size, self.size, self.channels)
-        return images
+        return from_patches(self.codebook_KD[np.asarray(codes_nT)], self.patch, grid=self.grid)
 
     def _settings(self) -> dict[str, Any]:
         own = {"kind": self.kind, "size": self.size, "channels": self.channels, "patch": self.patch}
@@ -298,11 +294,9 @@ class ResidualTokenizer:
         Two codes of the same book, which a barely trained model may generate, are also added.
         """
         codes = np.asarray(codes_nT)
-        n, (rows, columns), p = len(codes), self.base.grid, self.patch
+        n, (rows, columns) = len(codes), self.base.grid
         sums = self._entries[codes].reshape(n, rows * columns, 2, -1).sum(axis=2, dtype=np.int64)
-        patches = np.clip(sums, 0, 255).astype(np.uint8).reshape(n, rows, columns, p, p, self.channels)
-        images: Pixels = patches.transpose(0, 1, 3, 2, 4, 5).reshape(n, self.size, self.size, self.channels)
-        return images
+        return from_patches(np.clip(sums, 0, 255).astype(np.uint8), self.patch, grid=self.base.grid)
 
     def _settings(self) -> dict[str, Any]:
         own = {"kind": self.kind, "size": self.size, "channels": self.channels, "patch": self.patch}

@@ -116,3 +116,11 @@ def to_patches(images_nHWC: Pixels, patch: int) -> Pixels:
     blocks: Pixels = images_nHWC.reshape(n, rows, patch, columns, patch, channels).transpose(0, 1, 3, 2, 4, 5)
     patches: Pixels = blocks.reshape(n * rows * columns, patch * patch * channels)
     return patches
+
+
+def from_patches(patches_nTD: Pixels, patch: int, *, grid: tuple[int, int]) -> Pixels:
+    """Images uint8 [n, H, W, C] from their patches uint8 [n, rows * columns, patch*patch*C], row by row."""
+    n, (rows, columns), channels = len(patches_nTD), grid, patches_nTD.shape[-1] // patch**2
+    blocks = patches_nTD.reshape(n, rows, columns, patch, patch, channels).transpose(0, 1, 3, 2, 4, 5)
+    images: Pixels = blocks.reshape(n, rows * patch, columns * patch, channels)
+    return images

@@ -1,6 +1,4 @@
-# mmscale/data/stream/mixture.py, packing_cache.py and loader.py: a micro-batch is a pure function of its number,
-# whoever asks.
-"""Tests of the stream of micro-batches."""
+"""The stream of micro-batches: a micro-batch is a pure function of its number, for every caller."""
 
 from __future__ import annotations
 

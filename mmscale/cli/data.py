@@ -96,7 +96,7 @@ def prepare(
     config = _spec(spec, changes, documents or [], like)
     from mmscale.data.prepared import inspect_set
     from mmscale.data.prepared import prepare as preparing
-    from mmscale.data.prepared.gpus import check_gpus
+    from mmscale.data.prepared.gpu_check import check_gpus
     from mmscale.data.process_pool import run_stages
 
     given: dict[str, Any] = {"strict": strict or None, "workers": workers, "gpus": gpus, "progress": not as_json}

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 DATA_SET = "data set"  # value of `kind`
 # Files of records, as in data/prepared/folder.py and data/dedup/submitted.py, whose import takes a second.
 _PLAN, _DEDUP = "plan.json", ".cache/dedup/submitted.json"
-_WORKING = {"preparing": "prepare", "deduplicating": "dedup"}  # states while jobs are expected, and the commands
+# States while jobs are expected, and the commands that go on.
+_WORKING = {"preparing": "`mmscale data prepare`", "deduplicating": "`mmscale data dedup`"}
 
 
 def state_of(folder: Path, table: JobTable) -> dict[str, Any] | None:
@@ -68,11 +69,8 @@ def _by_jobs(found: dict[str, Any], table: JobTable) -> dict[str, Any]:
     last = states.get(jobs[-1])
     how = "SLURM does not know it any more" if last is None else f"it is {last.state} ({last.exit})"
     why = f"no job runs or waits, and job {jobs[-1]}, which was to finish, has not: {how}"
-    return {
-        "state": "failed",
-        "ended": True,
-        "reason": f"{why}; run `mmscale data {_WORKING[found['state']]}` again to continue",
-    }
+    again = _WORKING[found["state"]]
+    return {"state": "failed", "ended": True, "reason": f"{why}; run {again} again to continue"}
 
 
 def shown(one: dict[str, Any]) -> list[tuple[str, str]]:

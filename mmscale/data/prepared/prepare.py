@@ -28,7 +28,7 @@ from mmscale.data.prepared import tasks
 from mmscale.data.prepared.build import WorkSetup, build_parts
 from mmscale.data.prepared.folder import REJECTED, claimed
 from mmscale.data.prepared.folder_lock import write_error
-from mmscale.data.prepared.gpus import check_gpus
+from mmscale.data.prepared.gpu_check import check_gpus
 from mmscale.data.prepared.inputs import listing, slices_of, source_of
 from mmscale.data.prepared.manifest import (
     FORMAT,

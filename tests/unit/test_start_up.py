@@ -52,7 +52,7 @@ assert weight.grad is None and weight[0] < 1
 COMMANDS = """
 import sys
 from mmscale.runtime import activity
-waiting.FIRST_LINE = 0.01
+activity.FIRST_LINE = 0.01
 from mmscale.cli import main
 for line in sys.argv[1].split(";"):
     print("$", line, file=sys.stderr, flush=True)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mmscale.cli import main
-from mmscale.data.modalities.fit import save_whole
+from mmscale.data.modalities.fit import save_codec
 from mmscale.data.modalities.image_vq import VQTokenizer, gpu_batch
 from mmscale.data.modalities.text_tokens import FOLDER as TEXT_FOLDER
 from mmscale.data.modalities.text_tokens import TextTokenizer
@@ -113,7 +113,7 @@ def test_tokenizers_that_know_no_gpu_stay_where_they_are(tmp_path: Path) -> None
     TextTokenizer.of_bytes(size=300, specials=vocabulary.specials).save(tmp_path / TEXT_FOLDER)
     from mmscale.data.modalities.image_tokens import LevelsTokenizer
 
-    save_whole(LevelsTokenizer(4, 1, 16), tmp_path / "image_tokenizer", measured={})
+    save_codec(LevelsTokenizer(4, 1, 16), tmp_path / "image_tokenizer", measured={})
     setup = WorkSetup(tmp_path, vocabulary, 100, 0.0, False, gpus=2)
     assert setup.encoder(1).codecs["image"].tokens_per_item == 16
     assert build_parts(setup, [], workers=1, advance=lambda _: None) == []

@@ -6,7 +6,7 @@ non-negative least squares of relative errors: the time model is linear in these
 result.
 
     mmscale bench calibrate --out measured.json
-    mmscale bench calibrate --check measured.json
+    mmscale bench calibrate --others 1              # also predicts steps of other shapes
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ import torch
 from numpy.typing import NDArray
 
 from mmscale.bench import calibrate_messages as messages
-from mmscale.bench.calibrate_steps import FITTED, PREDICTED, Shape, clock, config_of, seconds_of_step
+from mmscale.bench.calibrate_steps import FITTED, PREDICTED, Shape, clock, config_of, seconds_of_steps
 from mmscale.config import Config
 from mmscale.errors import UsageError
 from mmscale.plan import count_parameters
-from mmscale.plan.measured import as_dict, read
+from mmscale.plan.measured import as_dict
 from mmscale.plan.memory import GIB
 from mmscale.plan.timing import step_time
 from mmscale.runtime import device, groups
@@ -43,41 +43,49 @@ _NOTHING = 1e-12
 _TERMS: dict[str, Callable[[float], dict[str, Any]]] = {
     "products": lambda seconds: {"products": 1 / seconds},
     "attention": lambda seconds: {"attention": 1 / seconds, "attention_te": 1 / seconds},
-    "moves": lambda moves: {"moves": (moves, 1.5 * moves)},
+    "moves": lambda moves: {"moves": moves},
+    "routed_moves": lambda moves: {"routed_moves": moves},
     "launch": lambda seconds: {"launch": seconds},
     "logits": lambda moved: {"logits": moved},
     "adam": lambda moved: {"adam": moved},
     "fixed": lambda seconds: {"fixed": seconds},
 }
 # The size of each term, so that the columns of the fit have similar magnitudes.
-_UNITS = {"products": 1.0, "attention": 1.0, "moves": 1.0, "launch": 1e-6, "logits": 1.0, "adam": 1.0, "fixed": 1e-3}
+_UNITS = {
+    "products": 1.0,
+    "attention": 1.0,
+    "moves": 1.0,
+    "routed_moves": 1.0,
+    "launch": 1e-6,
+    "logits": 1.0,
+    "adam": 1.0,
+    "fixed": 1e-3,
+}
 
 
-def run(*, out: str = "", check: str = "", nproc: int = 2, repeats: int = 5) -> dict[str, Any]:
-    """Measure this machine, or compare the predictions of an earlier measurement with steps.
+def run(*, out: str = "", others: int = 0, nproc: int = 2, repeats: int = 5) -> dict[str, Any]:
+    """Measure this machine.
 
     Args:
         out: file to write for `mmscale plan --gpu`; empty: none.
-        check: file of an earlier measurement; ten other steps are timed and predicted.
+        others: 1: also time steps of ten other shapes, in the same rounds, and predict them.
         nproc: ranks between which messages are timed; 1: messages are not measured, and count as memory copies.
         repeats: timed steps of each shape, of which the shortest counts.
 
     Returns:
-        `machine`, `torch`, `threads`, `device` (as in the file), `steps` (shape, `seconds`, `predicted`, `ratio`).
+        `machine`, `torch`, `threads`, `device` (as in the file), `steps` (shape, `fitted`, `seconds`, `predicted`,
+        `ratio`).
 
     Raises:
-        UsageError: `check` is no measurement, or `out` cannot be written.
+        UsageError: `out` cannot be written.
     """
-    if check:
-        gpu, shapes = read(Path(check)), PREDICTED
-    elif out and not Path(out).parent.is_dir():
+    if out and not Path(out).parent.is_dir():
         raise UsageError(f"bench calibrate --out {out}: there is no folder {Path(out).parent}", remedy="create it")
-    else:
-        gpu, shapes = alone(messages.measure(nproc) if nproc > 1 else None), FITTED
+    shapes = FITTED + (PREDICTED if others else ())
+    gpu = alone(messages.measure(nproc) if nproc > 1 else None)
     with _one_rank():
-        seconds = [seconds_of_step(config_of(shape), repeats=repeats) for shape in shapes]
-    if not check:
-        gpu = fitted(gpu, [config_of(shape) for shape in shapes], seconds)
+        seconds = seconds_of_steps([config_of(shape) for shape in shapes], repeats=repeats)
+    gpu = fitted(gpu, [config_of(shape) for shape in FITTED], seconds[: len(FITTED)])
     result = {
         "machine": device.device_name(),
         "torch": torch.__version__,
@@ -101,7 +109,8 @@ def alone(found: messages.Messages | None) -> Gpu:
         attention=1 / _NOTHING,
         attention_te=1 / _NOTHING,
         memory=1.0,
-        moves=(_NOTHING, 1.5 * _NOTHING),
+        moves=_NOTHING,
+        routed_moves=_NOTHING,
         logits=0.0,
         adam=0.0,
         launch=0.0,
@@ -206,6 +215,7 @@ def _compared(gpu: Gpu, shape: Shape, seconds: float) -> dict[str, Any]:
     predicted = _predicted(gpu, config_of(shape))
     keys = ("kind", "layers", "width", "seq_length", "micro_batch", "ids")
     return dict(zip(keys, shape, strict=True)) | {
+        "fitted": shape in FITTED,
         "seconds": round(seconds, 5),
         "predicted": round(predicted, 5),
         "ratio": round(predicted / seconds, 3),
@@ -254,12 +264,17 @@ def render(result: dict[str, Any]) -> str:
         f"{found['link'] / 1e9:.2f} GB/s, {reached['latency'][0] * 1e6:.0f} us",
         f"an operation costs {reached['launch'] * 1e6:.1f} us, a step {reached['fixed'] * 1e3:.2f} ms besides",
         "",
-        "| kind | layers | width | tokens x sequences | ids | step, ms | predicted, ms | ratio |",
-        "|---|---|---|---|---|---|---|---|",
+        "| kind | layers | width | tokens x sequences | ids | fitted | step, ms | predicted, ms | ratio |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    lines += [
-        f"| {one['kind']} | {one['layers']} | {one['width']} | {one['seq_length']} x {one['micro_batch']} | "
-        f"{one['ids']} | {1e3 * one['seconds']:.1f} | {1e3 * one['predicted']:.1f} | {one['ratio']:.2f} |"
-        for one in result["steps"]
-    ]
+    for one in result["steps"]:
+        cells = (
+            *(one[key] for key in ("kind", "layers", "width")),
+            f"{one['seq_length']} x {one['micro_batch']}",
+            one["ids"],
+            "yes" if one["fitted"] else "no",
+            *(f"{1e3 * one[key]:.1f}" for key in ("seconds", "predicted")),
+            f"{one['ratio']:.2f}",
+        )
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)

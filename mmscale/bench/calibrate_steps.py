@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,10 +29,14 @@ FITTED: tuple[Shape, ...] = (
     ("dense", 2, 256, 256, 4, 512),
     ("dense", 2, 128, 1024, 2, 8192),
     ("dense", 1, 512, 256, 4, 1024),
+    ("dense", 4, 128, 512, 4, 512),
+    ("dense", 4, 64, 256, 16, 512),
+    ("dense", 2, 256, 512, 4, 2048),
     ("moma", 2, 64, 128, 2, 512),
     ("moma", 2, 64, 512, 4, 512),
     ("moma", 2, 256, 256, 4, 512),
     ("moma", 1, 512, 256, 4, 4096),
+    ("moma", 4, 128, 512, 4, 1024),
     ("moe", 2, 128, 512, 4, 2048),
     ("moma_depth", 4, 128, 256, 4, 512),
     ("mot", 2, 128, 512, 2, 512),
@@ -70,18 +75,24 @@ def config_of(shape: Shape) -> Config:
     )
 
 
-def seconds_of_step(config: Config, *, repeats: int) -> float:
-    """The shortest of several optimizer steps, after two to warm up [s]."""
-    contender, found = OwnContender(config), []
-    for step in range(repeats + 2):
-        contender.prepare(step)
-        device.synchronize()
-        begin = clock()
-        contender.forward_backward()
-        contender.update()
-        device.synchronize()
-        found.append(clock() - begin)
-    return min(found[2:])
+def seconds_of_steps(configs: Sequence[Config], *, repeats: int) -> list[float]:
+    """The shortest of several optimizer steps of each configuration, after two to warm up [s].
+
+    Configurations alternate, so that a machine whose speed changes treats all of them alike.
+    """
+    contenders = [OwnContender(config) for config in configs]
+    rounds = [[_seconds(contender, step) for contender in contenders] for step in range(repeats + 2)]
+    return [min(found) for found in zip(*rounds[2:], strict=True)]
+
+
+def _seconds(contender: OwnContender, step: int) -> float:
+    contender.prepare(step)
+    device.synchronize()
+    begin = clock()
+    contender.forward_backward()
+    contender.update()
+    device.synchronize()
+    return clock() - begin
 
 
 def clock() -> float:

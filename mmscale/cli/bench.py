@@ -44,8 +44,8 @@ _BENCHMARKS = (
     ),
     _Benchmark(
         "calibrate",
-        "Measure this machine for `mmscale plan --gpu FILE.json`, in a minute, or check its predictions against other "
-        "steps. Options as --name value.",
+        "Measure this machine in a minute for `mmscale plan --gpu FILE.json`; with --others 1 also compare predictions "
+        "with steps. Options as --name value.",
         "--out measured.json",
     ),
     _Benchmark(

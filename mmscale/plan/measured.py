@@ -14,7 +14,6 @@ from mmscale.tables.gpus import Efficiency, Gpu, gpu_named
 FORMAT = 1
 _SUFFIX = ".json"
 _MOST_BYTES = 1 << 22
-_PAIRS = ("moves", "latency")
 
 
 def figures_of(name: str) -> Gpu:
@@ -58,13 +57,13 @@ def of_dict(values: dict[str, Any]) -> Gpu:
     Raises:
         TypeError, ValueError: the data is something else.
     """
-    reached: dict[str, Any] = {
-        key: tuple(value) if key in _PAIRS else float(value) for key, value in values["efficiency"].items()
-    }
-    if any(len(reached[key]) != 2 for key in _PAIRS):
-        raise ValueError(f"{' and '.join(_PAIRS)} are two numbers each")
+    reached: dict[str, Any] = dict(values["efficiency"])
+    reached["latency"] = tuple(map(float, reached["latency"]))
+    if len(reached["latency"]) != 2:
+        raise ValueError("latency is two numbers")
     gpu = Gpu(**(values | {"efficiency": Efficiency(**reached)}))
     speeds = (gpu.bf16, gpu.fp32, gpu.bandwidth, gpu.link, gpu.network, gpu.per_node, gpu.efficiency.products)
-    if not all(value > 0 for value in speeds):
-        raise ValueError("a speed is not positive")
+    costs = [float(value) for key, value in reached.items() if key != "latency"]
+    if not all(value > 0 for value in speeds) or min(costs) < 0:
+        raise ValueError("a speed is not positive, or a cost is negative")
     return gpu

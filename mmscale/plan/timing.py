@@ -17,7 +17,7 @@ from mmscale.config.derived import (
     overlap_data_parallel,
     overlap_p2p,
 )
-from mmscale.plan.activations import Kernels, layer_activations, on_gpu, recomputed_modules, total
+from mmscale.plan.activations import Kernels, layer_activations, on_gpu, recomputed_modules
 from mmscale.plan.communication import MessageKind, Operation, Traffic, communication
 from mmscale.plan.compute import dealt_slots, expert_slots, fullest_slots, layer_flops, ungated_slots
 from mmscale.plan.muon_cost import muon_cost
@@ -28,6 +28,8 @@ from mmscale.tables.settings import KINDS
 
 # Bytes moved to convert a bf16 element to FP8: read for the amax and for the cast, written and written transposed.
 _CAST = 6
+# Parts of `layer_activations` that only layers with experts or Mixture-of-Depths have.
+_ROUTED = ("router", "chosen", "experts", "combine", "depth")
 _OVER_REPLICAS = (MessageKind.GRAD_REDUCE, MessageKind.PARAM_GATHER, MessageKind.MUON)
 
 
@@ -150,7 +152,7 @@ def _stage_time(config: Config, world: int, gpu: Gpu, *, stage: int, parameters:
     return StepTime(
         products=micro_batches * one.products * 3,
         attention=micro_batches * one.attention * 3,
-        elementwise=micro_batches * one.elementwise * (1 + reached.moves[1] / reached.moves[0]),
+        elementwise=micro_batches * one.elementwise * (1 + reached.backward_moves),
         recompute=micro_batches * one.recompute,
         tp=tensor,
         cp=sums[MessageKind.CP],
@@ -168,7 +170,7 @@ def _compute(config: Config, gpu: Gpu, stage: int) -> _Pass:
     """Seconds of a micro-batch on a stage, without recomputation."""
     model, tp = config.model, config.parallel.tp
     tokens, reached, kernels = rank_tokens(config), gpu.efficiency, _kernels(config, gpu)
-    bandwidth, forward_moves = gpu.bandwidth * reached.memory, reached.moves[0]
+    bandwidth = gpu.bandwidth * reached.memory
     share = reached.attention_te if kernels is Kernels.TE else reached.attention
     products = attention = elementwise = launched = feed_forward = 0.0
     counts = Counter(model.is_depth_layer(layer) for layer in stage_layers(config, stage))
@@ -184,9 +186,11 @@ def _compute(config: Config, gpu: Gpu, stage: int) -> _Pass:
         started = KINDS[model.kind].kernels * (1.3 if depth else 1.0) * reached.launch
         parts = layer_activations(config, example[depth], kernels=kernels)
         cast = _cast_bytes(config, depth=depth) if fast > plain else 0.0
-        moved = (forward_moves * total(parts) + cast) / bandwidth
-        inside = sum(parts.get(name, 0.0) for name in ("ffn", "router", "chosen", "experts", "combine"))
-        feed_forward += count * (expert + forward_moves * inside / bandwidth)
+        routed = reached.routed_moves * sum(parts.get(name, 0.0) for name in _ROUTED)
+        plainly = reached.moves * sum(size for name, size in parts.items() if name not in _ROUTED)
+        moved = (plainly + routed + cast) / bandwidth
+        inside = reached.moves * parts.get("ffn", 0.0) + routed - reached.routed_moves * parts.get("depth", 0.0)
+        feed_forward += count * (expert + inside / bandwidth)
         within = flops.attention * tokens / tp / (plain * share)
         elementwise += count * moved
         attention += count * within
@@ -205,7 +209,7 @@ def _compute(config: Config, gpu: Gpu, stage: int) -> _Pass:
         products += product
         elementwise += reached.logits * rows * tokens / bandwidth
         repeated += product if config.parallel.loss_chunk else 0.0
-    backward = 2 * (products + attention) + elementwise * reached.moves[1] / forward_moves
+    backward = 2 * (products + attention) + elementwise * reached.backward_moves
     return _Pass(products, attention, elementwise, backward, repeated)
 
 

@@ -23,7 +23,9 @@ class Efficiency:
         attention_te: share of the peak in attention with Transformer-Engine's kernels.
         attention: the same with torch's, whose masked kernel also computes the half that a causal mask hides.
         memory: share of the memory's bandwidth in element-wise operations.
-        moves: how often element-wise operations move every byte that a layer keeps: in forward and in backward.
+        moves: how often element-wise operations move every byte that a layer keeps, in forward.
+        routed_moves: the same for what routing and experts keep.
+        backward_moves: a multiple of both, in backward.
         logits: bytes that the loss moves per token and id.
         adam: bytes that the optimizer moves per parameter of its shard.
         launch: seconds to start a kernel; backward starts twice as many as forward (`ModelKind.kernels`).
@@ -38,7 +40,9 @@ class Efficiency:
     attention_te: float = 0.4
     attention: float = 0.2
     memory: float = 0.8
-    moves: tuple[float, float] = (2.0, 3.0)
+    moves: float = 2.0
+    routed_moves: float = 2.0
+    backward_moves: float = 1.5
     logits: float = 20.0
     adam: float = 34.0
     launch: float = 4e-6

@@ -55,7 +55,8 @@ def _broken(change: Any) -> str:
         (_broken(lambda values: values["device"].pop("fp32")), "fp32"),
         (_broken(lambda values: values["device"].update(color="red")), "color"),
         (_broken(lambda values: values["device"].update(bandwidth=0)), "a speed is not positive"),
-        (_broken(lambda values: values["device"]["efficiency"].update(moves=[1])), "two numbers"),
+        (_broken(lambda values: values["device"]["efficiency"].update(latency=[1])), "two numbers"),
+        (_broken(lambda values: values["device"]["efficiency"].update(moves=-1)), "a cost is negative"),
         (_broken(lambda values: values["device"]["efficiency"].update(launch="fast")), "could not convert"),
     ],
 )

@@ -1,0 +1,167 @@
+"""Models of equal FLOPs per token on the icons: the runs of docs/eta.md.
+
+    sh examples/icons/prepare.sh                                        # fetches and renders the icons
+    mmscale data prepare examples/icons/equal_loss.yaml --out data/icons-eta
+    mmscale data dedup data/icons-eta --match image --max-cluster 20000
+    python docs/measurements/eta_icons.py FOLDER rates choices runs [--jobs 2] [--seeds 3]
+    python docs/measurements/eta_icons.py FOLDER collect
+
+`rates`: four learning rates for dense and 4t4i, a quarter of the steps. `choices`: ranking x capacity of 4t4i and
+moe8x, a quarter of the steps. `runs`: every model, its auxiliary routers, and its losses on the whole held-out split.
+Each run is one process with one thread; --jobs of them run at once. A run that is finished is not repeated, one that
+was ended goes on. `collect` writes FOLDER/eta_icons.json with the curves of all runs that are finished.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmscale.config.load import load
+
+log = logging.getLogger(__name__)
+CONFIG = Path("examples/icons/equal_loss.yaml")
+SHORT = 325  # steps of a run that only decides a setting
+RATES = (2.5e-3, 5e-3, 1e-2, 2e-2)
+SEEDED = ("dense", "4t4i", "moe8x", "mot")  # three seeds each; one of the others
+OTHERS = ("1t1i", "mod_4t4i", "4t4i_untied", "mot_4t1i", "tc_8x", "tc_4t4i")
+CHOICES = ("sigmoid", "competitive", "softmax")
+CAPACITIES = ("nominal", "actual")
+CURVES = ("loss", "loss/text", "loss/image")
+HELD_OUT = tuple(f"eval/{routing}{name}" for routing in ("", "causal/") for name in CURVES)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of a baseline.
+
+    Attributes:
+        stage: rates, choices or runs.
+        model: name of the baseline.
+        name: of the run folder.
+        settings: what differs from the baseline's file.
+    """
+
+    stage: str
+    model: str
+    name: str
+    settings: tuple[str, ...] = ()
+
+
+def planned(seeds: int) -> Iterator[Run]:
+    """All runs, in the order in which they start."""
+    short = (f"train.steps={SHORT}", f"optim.decay={SHORT // 5}", "run.seed=1")
+    for model in ("dense", "4t4i"):
+        for rate in RATES:
+            yield Run("rates", model, f"rate_{model}_{rate:g}", (*short, f"optim.lr={rate:g}"))
+    for model in ("4t4i", "moe8x"):
+        for choice in CHOICES:
+            for capacity in CAPACITIES:
+                settings = (f"model.experts.choice={choice}", f"model.experts.capacity={capacity}")
+                yield Run("choices", model, f"choice_{model}_{choice}_{capacity}", (*short, *settings))
+    for seed in range(1, seeds + 1):
+        for model in SEEDED + OTHERS if seed == 1 else SEEDED:
+            yield Run("runs", model, f"{model}_s{seed}", (f"run.seed={seed}",))
+
+
+class Measurement:
+    """Runs in a folder."""
+
+    def __init__(self, folder: Path, config: Path) -> None:
+        self.folder, self.config = folder, config
+        self.base = load(config).run.name
+
+    def mmscale(self, *arguments: object) -> dict[str, Any]:
+        """The result of a command, in a process with one thread."""
+        command = [sys.executable, "-m", "mmscale", *map(str, arguments), "--json"]
+        threads = {"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "0"}
+        done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True, env=os.environ | threads)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)} failed: {done.stdout[-500:]}")
+        text = done.stdout
+        return json.loads(text[text.index("{") :]) if "{" in text else {}
+
+    def baselines(self) -> Path:
+        """The folder of the models' configurations."""
+        files = self.folder / "baselines"
+        self.mmscale("baselines", self.config, "--out", files)
+        return files
+
+    def train(self, run: Run) -> None:
+        """Train a run, unless it is finished; `runs` also get auxiliary routers and losses on the whole split."""
+        out = self.folder / "runs" / run.name
+        done = self.folder / "finished" / f"{run.name}.json"
+        if done.exists():
+            return
+        file = self.folder / "baselines" / f"{self.base}_{run.model}.yaml"
+        found: dict[str, Any] = {"model": run.model, "settings": run.settings}
+        where = (f"run.name={run.name}", f"run.dir={self.folder / 'runs'}")
+        self.mmscale("train", file, *where, *run.settings)
+        if run.stage == "runs":
+            found["joint"] = self.evaluate(out)
+            if load(file).model.auxiliary.mode == "joint":
+                self.mmscale("train", file, *where, *run.settings, "--stage", "auxiliary")
+                found["stage"] = self.evaluate(out)
+        done.parent.mkdir(exist_ok=True)
+        done.write_text(json.dumps(found, indent=1))
+        log.info("%s is finished", run.name)
+
+    def evaluate(self, run: Path) -> dict[str, float]:
+        """Losses on the whole held-out split under both routings, and accuracy of the task `which`."""
+        found = {}
+        for routing in ("batch", "causal"):
+            result = self.mmscale("eval", run, "--routing", routing)
+            found |= {f"{routing}/{key}": value for key, value in result.items() if key.startswith("loss")}
+        return found
+
+    def collect(self) -> None:
+        """Curves of all finished runs."""
+        runs = {}
+        for file in sorted((self.folder / "finished").iterdir()):
+            out = self.folder / "runs" / file.stem
+            runs[file.stem] = json.loads(file.read_text()) | curves(out)
+        (self.folder / "eta_icons.json").write_text(json.dumps(runs, indent=1))
+
+
+def curves(run: Path) -> dict[str, list[float]]:
+    """Training losses and held-out losses of a run folder, each with its steps."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    found: dict[str, list[float]] = {}
+    for axis, names in (("training_step", CURVES), ("step", HELD_OUT)):
+        having = [line for line in lines if names[0] in line]
+        found[axis] = [line["step"] for line in having]
+        found |= {name: [round(line[name], 4) for line in having] for name in names if having and name in having[0]}
+    return found
+
+
+def main() -> None:
+    """The stages named on the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("stages", nargs="+", choices=("rates", "choices", "runs", "collect"))
+    parser.add_argument("--config", type=Path, default=CONFIG)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once")
+    parser.add_argument("--seeds", type=int, default=3, help=f"of {', '.join(SEEDED)}")
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    measurement = Measurement(options.folder.resolve(), options.config)
+    measurement.baselines()
+    chosen = [run for run in planned(options.seeds) if run.stage in options.stages]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for _ in pool.map(measurement.train, chosen):
+            pass
+    if "collect" in options.stages:
+        measurement.collect()
+
+
+if __name__ == "__main__":
+    main()

@@ -9,7 +9,8 @@
 `rates`: four learning rates for dense and 4t4i, a quarter of the steps. `choices`: ranking x capacity of 4t4i and
 moe8x, a quarter of the steps. `runs`: every model, its auxiliary routers, and its losses on the whole held-out split.
 Each run is one process with one thread; --jobs of them run at once. A run that is finished is not repeated, one that
-was ended goes on. `collect` writes FOLDER/eta_icons.json with the curves of all runs that are finished.
+was ended goes on. `collect` writes FOLDER/eta_icons.json with the curves of all runs that are finished, and of those
+in docs/measurements/eta_icons.json, which are not repeated either.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import argparse
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -34,6 +36,8 @@ SHORT = 325  # steps of a run that only decides a setting
 RATES = (2.5e-3, 5e-3, 1e-2, 2e-2)
 SEEDED = ("dense", "4t4i", "moe8x", "mot")  # three seeds each; one of the others
 OTHERS = ("1t1i", "mod_4t4i", "4t4i_untied", "mot_4t1i", "tc_8x", "tc_4t4i")
+PAPER = ("4t4i", "moe8x")  # also with the paper's ranking, by the sigmoid of the router's logit
+PUBLISHED = Path("docs/measurements/eta_icons.json")
 CHOICES = ("sigmoid", "competitive", "softmax")
 CAPACITIES = ("nominal", "actual")
 CURVES = ("loss", "loss/text", "loss/image")
@@ -71,14 +75,18 @@ def planned(seeds: int) -> Iterator[Run]:
     for seed in range(1, seeds + 1):
         for model in SEEDED + OTHERS if seed == 1 else SEEDED:
             yield Run("runs", model, f"{model}_s{seed}", (f"run.seed={seed}",))
+        for model in PAPER if seed == 1 else ():
+            settings = ("run.seed=1", "model.experts.choice=sigmoid")
+            yield Run("runs", model, f"{model}_sigmoid_s1", settings)
 
 
 class Measurement:
     """Runs in a folder."""
 
-    def __init__(self, folder: Path, config: Path) -> None:
+    def __init__(self, folder: Path, config: Path, known: Path) -> None:
         self.folder, self.config = folder, config
         self.base = load(config).run.name
+        self.known: dict[str, Any] = json.loads(known.read_text()) if known.exists() else {}
 
     def mmscale(self, *arguments: object) -> dict[str, Any]:
         """The result of a command, in a process with one thread."""
@@ -93,6 +101,7 @@ class Measurement:
     def baselines(self) -> Path:
         """The folder of the models' configurations."""
         files = self.folder / "baselines"
+        shutil.rmtree(files, ignore_errors=True)  # the configuration may have changed
         self.mmscale("baselines", self.config, "--out", files)
         return files
 
@@ -100,7 +109,7 @@ class Measurement:
         """Train a run, unless it is finished; `runs` also get auxiliary routers and losses on the whole split."""
         out = self.folder / "runs" / run.name
         done = self.folder / "finished" / f"{run.name}.json"
-        if done.exists():
+        if done.exists() or run.name in self.known:
             return
         file = self.folder / "baselines" / f"{self.base}_{run.model}.yaml"
         found: dict[str, Any] = {"model": run.model, "settings": run.settings}
@@ -124,12 +133,14 @@ class Measurement:
         return found
 
     def collect(self) -> None:
-        """Curves of all finished runs."""
-        runs = {}
-        for file in sorted((self.folder / "finished").iterdir()):
+        """Curves of all finished runs, with those that were known before."""
+        runs = dict(self.known)
+        for file in sorted((self.folder / "finished").glob("*.json")):
             out = self.folder / "runs" / file.stem
             runs[file.stem] = json.loads(file.read_text()) | curves(out)
-        (self.folder / "eta_icons.json").write_text(json.dumps(runs, indent=1))
+        # One line for each run.
+        lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(runs[name])}" for name in sorted(runs))
+        (self.folder / "eta_icons.json").write_text(f"{{\n{lines}\n}}\n")
 
 
 def curves(run: Path) -> dict[str, list[float]]:
@@ -137,9 +148,15 @@ def curves(run: Path) -> dict[str, list[float]]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     found: dict[str, list[float]] = {}
     for axis, names in (("training_step", CURVES), ("step", HELD_OUT)):
-        having = [line for line in lines if names[0] in line]
-        found[axis] = [line["step"] for line in having]
-        found |= {name: [round(line[name], 4) for line in having] for name in names if having and name in having[0]}
+        # The routings of one evaluation are separate lines. What a resumed run repeats counts once.
+        points: dict[int, dict[str, float]] = {}
+        for line in lines:
+            points.setdefault(line["step"], {}).update({name: line[name] for name in names if name in line})
+        having = {step: values for step, values in points.items() if names[0] in values}
+        found[axis] = list(having)
+        for name in names:
+            if all(name in values for values in having.values()):
+                found[name] = [round(values[name], 4) for values in having.values()]
     return found
 
 
@@ -150,11 +167,13 @@ def main() -> None:
     parser.add_argument("stages", nargs="+", choices=("rates", "choices", "runs", "collect"))
     parser.add_argument("--config", type=Path, default=CONFIG)
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")
+    parser.add_argument("--known", type=Path, default=PUBLISHED, help="curves of runs that are not repeated")
     parser.add_argument("--seeds", type=int, default=3, help=f"of {', '.join(SEEDED)}")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    measurement = Measurement(options.folder.resolve(), options.config)
-    measurement.baselines()
+    measurement = Measurement(options.folder.resolve(), options.config, options.known)
+    if set(options.stages) != {"collect"}:
+        measurement.baselines()
     chosen = [run for run in planned(options.seeds) if run.stage in options.stages]
     with ThreadPoolExecutor(options.jobs) as pool:
         for _ in pool.map(measurement.train, chosen):

@@ -279,7 +279,7 @@ def test_what_cannot_be_scored_is_refused(runs: dict[str, Path], few: Path, tmp_
     shutil.copytree(run, bare, ignore=shutil.ignore_patterns("auxiliary"))
     cases: list[tuple[int, str, tuple[str | Path, ...], str, str]] = [
         (2, f"perplexity:{bare}", (), "there are no auxiliary routers for step 4", "--stage auxiliary"),
-        (4, f"perplexity:{tmp_path / 'none'}", (), "is not a run folder", "name a run"),
+        (4, f"perplexity:{tmp_path / 'none'}", (), "there is no folder", "name a run"),
         (4, f"perplexity:{run}@77", (), "77", ""),
         (2, f"perplexity:{run}", ("--routing", "magic"), "'magic' is not a routing", "causal"),
         (2, f"perplexity:{run}", ("--heads", "0.1"), "--by perplexity masks no heads", "leave --heads out"),

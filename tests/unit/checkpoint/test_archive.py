@@ -178,7 +178,7 @@ def test_what_was_set_aside_comes_back_if_it_is_whole(run: Path, tmp_path: Path)
 
 def test_archives_of_format_1_are_restored(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(zarr_arrays, "_AS_BITS", {})  # bfloat16 as a type of its own, as format 1 had it
-    monkeypatch.setattr(archive, "FORMAT", 1)
+    monkeypatch.setattr(archive, "ARCHIVE_FORMAT", 1)
 
     def check() -> None:
         archive.write(open_tensors(run), tmp_path / "old", grid=SMALL)

@@ -170,12 +170,12 @@ def test_what_is_not_signed_is_not_taken(
         (folder / SIGNATURE).unlink()
         said = "it is not signed"
     elif attack == "another key":
-        said = "nobody in"
+        said = "no signer in"
     elif attack == "another checkpoint's":
         shutil.copyfile(other / SIGNATURE, folder / SIGNATURE)
     elif attack == "bytes":
         (folder / SIGNATURE).write_bytes(b"garbage")
-        said = "nobody in"
+        said = "no signer in"
     else:
         damage(run, 20)
         manifest = integrity.read_manifest(folder)

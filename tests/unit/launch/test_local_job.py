@@ -94,6 +94,7 @@ def local(folder: Path, tmp_path: Path) -> Iterator[Local]:  # noqa: F811
     found.end()
 
 
+@pytest.mark.usefixtures("signals_heard")
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGINT"])
 def test_every_request_to_end_saves(local: Local, name: str) -> None:
     job = local.trains()

@@ -23,6 +23,10 @@ def last(run: dict[str, Any], routing: str) -> str:
 
 
 def rows() -> Iterator[str]:
+    """The rows of the tables."""
+    yield f"| dense | {last(RUNS['dense_s1'], '')} | the same |"
+    both = RUNS["4t4i_s1_joint"]
+    yield f"| 4t4i | {last(both, '')} | {last(both, 'causal/')} |"
     for name, run in RUNS.items():
         if name.startswith("rate_dense_"):
             rate = name.removeprefix("rate_dense_")

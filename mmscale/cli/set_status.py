@@ -38,9 +38,9 @@ def state_of(folder: Path, table: JobTable) -> dict[str, Any] | None:
     if (folder / _PLAN).is_file():
         found = _preparation(folder)
     if (found is None or found["state"] == "prepared") and (folder / _DEDUP).is_file():
-        from mmscale.data.dedup.submitted import how_far
+        from mmscale.data.dedup.submitted import dedup_status
 
-        found = how_far(folder) or found
+        found = dedup_status(folder) or found
     if found is None:
         return None
     found = {"kind": DATA_SET, "ended": found["state"] in ("prepared", "deduplicated", "failed")} | found

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from mmscale import bounded
+from mmscale.data.prepared.shares import state_without_jobs
 from mmscale.runtime.atomic_files import write_atomic
 
 FOLDER = ".cache/dedup"  # inside the data set
 FILE = f"{FOLDER}/submitted.json"
-# From the record to the numbers of the jobs: three calls of sbatch. The process that submits them may have been killed.
-_SUBMITTED_WITHIN_S = 600.0
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ def forget_finished(folder: Path) -> None:
         (folder / FILE).unlink(missing_ok=True)
 
 
-def how_far(folder: Path) -> dict[str, Any] | None:
+def dedup_status(folder: Path) -> dict[str, Any] | None:
     """State of the jobs that deduplicate a data set, from their files; None: there is no such record.
 
     Returns:
@@ -87,12 +85,4 @@ def _state(folder: Path, found: SubmittedDedup) -> tuple[str, str]:
         return "deduplicated", ""
     if found.jobs:
         return "deduplicating", ""
-    if found.refused:
-        return "failed", f"{found.refused}; run `mmscale data dedup` again"
-    try:
-        age_s = time.time() - (folder / FILE).stat().st_mtime
-    except OSError:  # it is being replaced
-        age_s = 0.0
-    if age_s < _SUBMITTED_WITHIN_S:
-        return "submitting", ""
-    return "failed", "no job was submitted: run `mmscale data dedup` again"
+    return state_without_jobs(folder / FILE, refused=found.refused, command="mmscale data dedup")

@@ -148,12 +148,23 @@ def _state(folder: Path, planned: SharedPlan) -> tuple[str, str]:
         return "prepared", ""
     if planned.jobs:
         return "preparing", ""
-    if planned.refused:
-        return "failed", f"{planned.refused}; run `mmscale data prepare` again"
+    return state_without_jobs(folder / PLAN, refused=planned.refused, command="mmscale data prepare")
+
+
+def state_without_jobs(record: Path, *, refused: str, command: str) -> tuple[str, str]:
+    """State of work whose jobs are not known: submitting, or failed with the reason.
+
+    Args:
+        record: the file that was written before jobs are submitted.
+        refused: why SLURM took no job; "": it did not refuse.
+        command: that submits them again.
+    """
+    if refused:
+        return "failed", f"{refused}; run `{command}` again"
     try:
-        age_s = time.time() - (folder / PLAN).stat().st_mtime
+        age_s = time.time() - record.stat().st_mtime
     except OSError:  # it is being replaced
         age_s = 0.0
     if age_s < _SUBMITTED_WITHIN_S:
         return "submitting", ""
-    return "failed", "no job was submitted: run `mmscale data prepare` again"
+    return "failed", f"no job was submitted: run `{command}` again"

@@ -16,6 +16,7 @@ from mmscale.cli import main
 from mmscale.cli.set_status import state_of
 from mmscale.data.dedup import shared, submitted
 from mmscale.data.dedup.pairs import DuplicateRule
+from mmscale.data.prepared import shares
 from mmscale.data.prepared.prepare import plan_shares, prepare
 from tests.unit.data.samples import config, corpus
 from tests.unit.launch.fake_slurm import FakeSlurm
@@ -112,12 +113,12 @@ def test_a_damaged_record_is_none(slurm: FakeSlurm, folder: Path, content: str) 
     file = folder / submitted.FILE
     file.parent.mkdir(parents=True)
     file.write_text(content)
-    assert submitted.how_far(folder) is None and told(folder)["state"] == "prepared"
+    assert submitted.dedup_status(folder) is None and told(folder)["state"] == "prepared"
 
 
 def test_a_submission_that_was_killed(slurm: FakeSlurm, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     planned = shared.plan_tasks(folder, rule=DuplicateRule(), tasks=2)
     planned.keep_jobs()
     assert told(folder)["state"] == "submitting"
-    monkeypatch.setattr(submitted, "_SUBMITTED_WITHIN_S", 0.0)
+    monkeypatch.setattr(shares, "_SUBMITTED_WITHIN_S", 0.0)
     assert told(folder)["state"] == "failed" and "no job was submitted" in told(folder)["reason"]

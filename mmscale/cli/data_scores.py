@@ -61,7 +61,8 @@ def score(
             "--workers",
             min=1,
             show_default=False,
-            help="Processes. Default: 2; for scores by a run 1, because each has a model of its own.",
+            help="Processes. Default: 2; for scores by a run 1, because each has a model of its own. They share "
+            "the GPUs of the machine.",
         ),
     ] = None,
     as_json: Json = False,

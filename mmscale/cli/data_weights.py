@@ -12,6 +12,7 @@ import typer
 
 from mmscale.cli.output import Json, emit, pairs
 from mmscale.errors import DataError, LaunchError, UsageError, shell_command
+from mmscale.tables.minhash import MINHASHES
 
 MATCHES = ("joint", "text", "image")
 DataSet = Annotated[Path, typer.Argument(metavar="DIR", help="Prepared data set.")]
@@ -61,6 +62,13 @@ def dedup(
         ),
     ] = 2,
     exact: Annotated[bool, typer.Option("--exact", help="Only equal texts and equal codes are duplicates.")] = False,
+    minhash: Annotated[
+        str,
+        typer.Option(
+            "--minhash",
+            help=f"The program that computes signatures of texts. {MINHASHES.help}",
+        ),
+    ] = "numpy",
     max_cluster: Annotated[
         int | None,
         typer.Option(
@@ -112,7 +120,7 @@ def dedup(
     Tokens are not changed. The weights are written to selection/ in the data set's folder, which every run reads at its
     start (see data.selection).
     """
-    from mmscale.data.dedup import apply, shared
+    from mmscale.data.dedup import apply, shared, signers
     from mmscale.data.dedup.pairs import DuplicateRule
     from mmscale.data.process_pool import run_stages
     from mmscale.data.progress import Reporter
@@ -123,7 +131,11 @@ def dedup(
         done = apply.undo(folder)
         _removed(folder, done, "is trained on whole" if done else "left out nothing", as_json=as_json)
         return
-    rule = DuplicateRule(match, similarity, distance, exact)
+    if minhash not in MINHASHES:
+        raise UsageError(
+            f"data dedup: --minhash {minhash!r} is none of {', '.join(MINHASHES)}", remedy="choose one of these"
+        )
+    rule = DuplicateRule(match, similarity, distance, exact, signers.exact_name(minhash))
     request: dict[str, Any] = {"rule": rule, "against": against or [], "held_out": own, "max_cluster": max_cluster}
     request["scratch"] = scratch
     if cluster is not None and tasks is None:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from mmscale.config import keys
 from mmscale.config.data.schema import PrepareConfig
+from mmscale.config.derived import blend_phases
 from mmscale.config.optim.schema import MuonConfig, OptimConfig
 from mmscale.config.precision.fp8 import roundings
 from mmscale.config.schema import Config
@@ -61,6 +62,10 @@ def _schedule(section: str) -> list[Condition]:
             lambda config: getattr(optim(config), setting) not in table,
         )
 
+    def uses(config: Config, others: list[str]) -> bool:
+        own = optim(config)
+        return any(name not in others for name in (own.schedule, *(phase.schedule for phase in own.phases)) if name)
+
     def read(setting: str) -> Condition:
         readers = [name for name, schedule in SCHEDULES.items() if setting in schedule.reads]
         others = [name for name in SCHEDULES if name not in readers]
@@ -70,7 +75,7 @@ def _schedule(section: str) -> list[Condition]:
             section,
             (setting,),
             words or f"{section}.schedule = {' or '.join(readers)}",
-            lambda config: optim(config).schedule not in others,
+            lambda config: uses(config, others),
         )
 
     optional = dict.fromkeys(setting for schedule in SCHEDULES.values() for setting in schedule.reads)
@@ -216,7 +221,22 @@ def _limits_norms(config: Config) -> bool:
 
 def notes(config: Config) -> list[str]:
     """Notes that `config check` and the start of a run print."""
-    return [*unused(config), *roundings(config)]
+    return [*unused(config), *roundings(config), *_phases_beside_the_blend(config)]
+
+
+def _phases_beside_the_blend(config: Config) -> list[str]:
+    """A note if learning-rate phases begin at other steps than those at which the blend changes."""
+    blend = [step for step, _ in blend_phases(config) if step]
+    apart = [phase.start for phase in config.optim.phases if phase.start not in blend]
+    if not blend or not apart:
+        return []
+    return [
+        f"optim.phases begin at {_listed(apart)}, where no weight of data.blend changes (it does at {_listed(blend)})"
+    ]
+
+
+def _listed(steps: list[int]) -> str:
+    return " and ".join(map(str, steps))
 
 
 def unused(config: Config) -> list[str]:

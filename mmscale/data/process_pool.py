@@ -13,8 +13,16 @@ from mmscale.errors import DataError
 _Done = TypeVar("_Done")
 
 
-def map_in_processes(work: Callable[[Any], _Done], jobs: Sequence[Any], workers: int) -> Iterator[_Done]:
+def map_in_processes(
+    work: Callable[[Any], _Done], jobs: Sequence[Any], workers: int, *, begin: Callable[[int], None] | None = None
+) -> Iterator[_Done]:
     """Results in the order of the jobs; computed in this process if there is only one worker or job.
+
+    Args:
+        work: a function that can be pickled.
+        jobs: its arguments.
+        workers: processes.
+        begin: called in each of several processes before its first job, with the number of the process, from 0.
 
     Raises:
         DataError: a process was killed.
@@ -23,7 +31,10 @@ def map_in_processes(work: Callable[[Any], _Done], jobs: Sequence[Any], workers:
         yield from map(work, jobs)
         return
     context = multiprocessing.get_context("forkserver")
-    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context) as pool:
+    started = context.Value("i", 0)
+    with ProcessPoolExecutor(
+        min(workers, len(jobs)), mp_context=context, initializer=_begin, initargs=(begin, started)
+    ) as pool:
         try:
             yield from pool.map(work, jobs)
         except BrokenProcessPool as error:
@@ -34,6 +45,15 @@ def map_in_processes(work: Callable[[Any], _Done], jobs: Sequence[Any], workers:
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _begin(begin: Callable[[int], None] | None, started: Any) -> None:
+    """Number this process; `started`: processes of the pool so far, in shared memory."""
+    with started.get_lock():
+        number = started.value
+        started.value += 1
+    if begin is not None:
+        begin(number)
 
 
 def run_stages(stages: Sequence[Sequence[Callable[[], _Done]]], *, tasks: int) -> list[_Done]:

@@ -35,6 +35,7 @@ from mmscale.errors import DataError
 from mmscale.inference.document_losses import LABELS, LIKELIEST, LOSS, document_sums
 from mmscale.inference.model import RunModel, open_run
 from mmscale.inference.retrieval_heads import best_heads, masked_heads, retrieval_scores
+from mmscale.runtime import device
 from mmscale.runtime.atomic_files import write_atomic
 from mmscale.tables.routings import Routing
 from mmscale.tables.run_scores import RUN_SCORES
@@ -96,7 +97,7 @@ def score_by_run(
         routing: mode by which experts are assigned to tokens.
         heads: share of the attention heads that influence masks.
         name: of the score; default: the kind.
-        workers: processes, each with a model of its own.
+        workers: processes, each with a model of its own, and with a GPU of its own if there are several.
         reporter: shows the progress.
 
     Returns:
@@ -134,7 +135,9 @@ def score_by_run(
     if several:  # this process needs its model no longer
         with reporter.bar("slices of documents", len(jobs)) as advance:
             threads = max(1, (os.cpu_count() or 1) // workers)
-            for done, _ in enumerate(map_in_processes(partial(_in_process, work, threads), jobs, workers)):
+            for done, _ in enumerate(
+                map_in_processes(partial(_in_process, work, threads), jobs, workers, begin=device.see_only)
+            ):
                 advance(done + 1)
     sums = [_kept(cache, heads, shape) for heads in passes]
     value = VALUES[kind]

@@ -193,11 +193,9 @@ def _notes(baseline: Model, models: Sequence[Model]) -> list[str]:
             notes.append(f"{model.name}: evaluated on another part of the held-out split than {baseline.name}")
         if _schedule(run.config) != _schedule(first.config):
             notes.append(f"{model.name}: another batch, learning rate, schedule or length than {baseline.name}")
-    schedule = SCHEDULES.get(first.config.optim.schedule)  # None: a plug-in
-    if schedule is None or not schedule.comparable:
+    for name in _decaying(first.config):
         notes.append(
-            f"learning rates decay ({first.config.optim.schedule}): before its end a model has not had its decay, "
-            "so ratios are too low"
+            f"learning rates decay ({name}): before its end a model has not had its decay, so ratios are too low"
         )
     if any(len(model.runs) == 1 for model in (baseline, *models)):
         notes.append("one seed of a model: its ratios have no spread")
@@ -239,6 +237,13 @@ def _held_out(config: Config) -> int:
 
 def _schedule(config: Config) -> tuple[object, ...]:
     return tokens_per_step(config), config.train.steps, config.optim
+
+
+def _decaying(config: Config) -> list[str]:
+    """Schedules of a run that decay, or that may: plug-ins."""
+    spans = config.optim.spans(config.train.steps)
+    names = dict.fromkeys(span.optim.schedule for span in spans)
+    return [name for name in names if name not in SCHEDULES or not SCHEDULES[name].comparable]
 
 
 def _entry(model: Model) -> dict[str, Any]:

@@ -76,6 +76,18 @@ def numbered(number: int) -> torch.device:
     return torch.device("cuda", number % torch.cuda.device_count())
 
 
+def see_only(number: int) -> None:
+    """Hide all CUDA devices but one from this process, which has not used any yet. Without CUDA nothing happens.
+
+    Args:
+        number: of this process among independent ones; processes beyond the number of devices share them.
+    """
+    found = torch.cuda.device_count() if has_cuda() else 0
+    if found:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(found)))
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[number % found]
+
+
 def _one_device_each() -> bool:
     """Whether the launcher gave each rank its own view of the devices (SLURM names the number per task)."""
     return "SLURM_GPUS_PER_TASK" in os.environ or "SLURM_TRES_PER_TASK" in os.environ

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mmscale.config.derived import orthogonalizes
-from mmscale.config.optim.schema import MuonConfig, OptimConfig
+from mmscale.config.optim.schema import MuonConfig, OptimConfig, ScheduleSpan
 from mmscale.config.problem import Problem, Rule
 from mmscale.config.schema import Config
 from mmscale.tables.settings import FROZEN, MOMENTS, SCHEDULES
@@ -24,33 +24,68 @@ def _optim(config: Config) -> Iterator[Problem]:
 
 
 def _optimizer(optim: OptimConfig, steps: int, *, section: str, of: str) -> Iterator[Problem]:
-    if optim.restart and optim.restart >= steps:
-        yield Problem(
-            f"{section}.restart = {optim.restart} is not below {of}.steps = {steps}: no step would follow it",
-            f"raise {of}.steps, or lower {section}.restart",
-        )
-        return
-    steps -= optim.restart
-    left = f"the {steps} after {section}.restart" if optim.restart else f"{of}.steps = {steps}"
-    if optim.warmup > steps:
-        yield Problem(
-            f"{section}.warmup = {optim.warmup} steps is more than {left}",
-            f"lower {section}.warmup, for instance to {steps // 10}, or raise {of}.steps",
-        )
-    if optim.min_lr > optim.lr:
-        yield Problem(
-            f"{section}.min_lr = {optim.min_lr:g} is above {section}.lr = {optim.lr:g}", f"lower {section}.min_lr"
-        )
-    if _decays_at_the_end(optim) and optim.decay is not None and optim.warmup + optim.decay > steps:
-        yield Problem(
-            f"{section}.warmup + {section}.decay = {optim.warmup} + {optim.decay} steps is more than {left}",
-            "shorten one of them",
-        )
+    placed = list(_places(optim, steps, section=section, of=of))
+    yield from placed
+    if not placed:
+        for span in optim.spans(steps):
+            yield from _span(span, section=section, of=of, last=span.end == steps)
     for key, beta in (("beta1", optim.beta1), ("beta2", optim.beta2)):
         if beta >= 1.0:
             yield Problem(
                 f"{section}.{key} = {beta:g} never decays, and Adam divides by 1 - {key}", "use a value below 1"
             )
+
+
+def _places(optim: OptimConfig, steps: int, *, section: str, of: str) -> Iterator[Problem]:
+    """Where schedules begin."""
+    if optim.restart and optim.restart >= steps:
+        yield Problem(
+            f"{section}.restart = {optim.restart} is not below {of}.steps = {steps}: no step would follow it",
+            f"raise {of}.steps, or lower {section}.restart",
+        )
+    elif optim.phases and optim.restart >= optim.phases[0].start:
+        yield Problem(
+            f"{section}.restart = {optim.restart} is not below the start of the first phase, {optim.phases[0].start}",
+            f"begin a phase there instead: {section}.phases, start: {optim.restart}",
+        )
+    before = 0
+    for number, phase in enumerate(optim.phases):
+        if phase.start <= before:
+            yield Problem(
+                f"{section}.phases.{number}.start = {phase.start} is not above the phase before it, {before}",
+                "list the phases in the order of their steps",
+            )
+        before = phase.start
+    if before >= steps and optim.phases:
+        yield Problem(
+            f"{section}.phases.{len(optim.phases) - 1}.start = {before} is not below {of}.steps = {steps}: no step "
+            "would follow it",
+            f"raise {of}.steps, or leave the phase out",
+        )
+
+
+def _span(span: ScheduleSpan, *, section: str, of: str, last: bool) -> Iterator[Problem]:
+    """Whether warm-up, decay and both rates fit."""
+    optim, steps = span.optim, span.end - span.start
+    key = section if span.phase is None else f"{section}.phases.{span.phase}"
+    if span.phase is not None:
+        left = f"the {steps} of the phase"
+    elif optim.restart:
+        left = f"the {steps} after {section}.restart"
+    else:
+        left = f"{of}.steps = {steps}" if last else f"the {steps} before the first phase"
+    if optim.warmup > steps:
+        yield Problem(
+            f"{key}.warmup = {optim.warmup} steps is more than {left}",
+            f"lower {key}.warmup, for instance to {steps // 10}, or raise {of}.steps",
+        )
+    if optim.min_lr > optim.lr:
+        yield Problem(f"{key}.min_lr = {optim.min_lr:g} is above {key}.lr = {optim.lr:g}", f"lower {key}.min_lr")
+    if _decays_at_the_end(optim) and optim.decay is not None and optim.warmup + optim.decay > steps:
+        yield Problem(
+            f"{key}.warmup + {key}.decay = {optim.warmup} + {optim.decay} steps is more than {left}",
+            "shorten one of them",
+        )
 
 
 def _decays_at_the_end(optim: OptimConfig) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -48,6 +48,41 @@ class MuonConfig(Section):
     )
 
 
+class PhaseConfig(Section):
+    """A part of a run with its own learning-rate schedule, for instance from the step at which the blend changes."""
+
+    start: Count = setting("Step after which the phase begins; it ends where the next one begins.", unit="steps")
+    lr: Annotated[Positive, Field(le=10.0)] | None = setting(
+        "Peak learning rate of the phase. null: as before the phases.", None
+    )
+    min_lr: Rate | None = setting(
+        "Learning rate that its schedule reaches after its last step. null: as before the phases.", None
+    )
+    schedule: Annotated[str, OneOf(SCHEDULES)] | None = setting(
+        f"Learning rate after its warm-up. null: as before the phases. {SCHEDULES.help}", None
+    )
+    warmup: Index = setting("Linear warm-up at its start.", 0, unit="steps")
+    decay: Index | None = setting(
+        "wsd and power: length of its final decay; default: a tenth of its steps.", None, unit="steps"
+    )
+
+
+class ScheduleSpan(NamedTuple):
+    """A part of a run in which one schedule holds.
+
+    Attributes:
+        optim: the settings, with those of the phase in place of the general ones, and without `phases`.
+        start: steps before it.
+        end: steps after which it is over.
+        phase: index in `phases`; None: before the first one.
+    """
+
+    optim: OptimConfig
+    start: int
+    end: int
+    phase: int | None
+
+
 class OptimConfig(Section):
     """The optimizer and its learning-rate schedule."""
 
@@ -65,6 +100,11 @@ class OptimConfig(Section):
     )
     decay: Index | None = setting(
         "wsd and power: length of the final decay; default: a tenth of the steps.", None, unit="steps"
+    )
+    phases: tuple[PhaseConfig, ...] = setting(
+        "Learning-rate schedules that follow one another, usually from the steps at which weights of data.blend "
+        "change. The settings above hold until the first phase begins: their decay ends there.",
+        (),
     )
     power_exponent: Exponent = setting("power: exponent b of lr ~ tokens^b.", -0.51, source="arXiv 2408.13359")
     power_tokens: AtLeastOne = setting(
@@ -100,3 +140,27 @@ class OptimConfig(Section):
         "fp32",
         source="COAT, arXiv 2410.19313, section 4.1",
     )
+
+    def spans(self, steps: int) -> list[ScheduleSpan]:
+        """The parts of a run with a schedule each, in their order.
+
+        Args:
+            steps: steps of the whole run.
+        """
+        ends = [*(phase.start for phase in self.phases), steps]
+        found = [ScheduleSpan(self.model_copy(update={"phases": ()}), self.restart, ends[0], None)]
+        for number, phase in enumerate(self.phases):
+            own = {"warmup": phase.warmup, "decay": phase.decay, "restart": 0, "phases": ()}
+            own |= {key: value for key in ("lr", "min_lr", "schedule") if (value := getattr(phase, key)) is not None}
+            found.append(ScheduleSpan(self.model_copy(update=own), phase.start, ends[number + 1], number))
+        return found
+
+    def span_at(self, step: int, steps: int) -> ScheduleSpan:
+        """The part of a run that contains a step.
+
+        Args:
+            step: from 1; steps after the end belong to the last part.
+            steps: steps of the whole run.
+        """
+        spans = self.spans(steps)
+        return next((span for span in reversed(spans[1:]) if span.start < step), spans[0])

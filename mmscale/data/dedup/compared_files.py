@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from mmscale.data.arrays import scattered
 from mmscale.data.dedup.compared import DocumentContent, folded
 from mmscale.data.dedup.picture_hashes import COLOUR, GREY, PictureHash, PictureHashes
-from mmscale.data.dedup.words import MINIMA, SHINGLE, shingles, signature
+from mmscale.data.dedup.signers import Signer
+from mmscale.data.dedup.words import MINIMA, SHINGLE, shingles
 
 FACTS = np.dtype(
     [
@@ -115,13 +116,13 @@ class Compared:
         """Hashes and thumbnails of the first picture of some documents."""
         return PictureHashes(self.facts.of(documents)["bits"], self._grey.of(documents), self._colour.of(documents))
 
-    def add(self, number: int, content: DocumentContent, *, text: bool) -> list[PictureHash]:
+    def add(self, number: int, content: DocumentContent, *, sign: Signer | None) -> list[PictureHash]:
         """Write the data of a document.
 
         Args:
             number: of the document.
             content: of it.
-            text: whether signatures of texts are needed.
+            sign: computes signatures of texts; None: none are needed.
 
         Returns:
             Hashes and thumbnails of all its pictures.
@@ -137,8 +138,8 @@ class Compared:
             first,
         )
         self.facts.write(number, row)
-        if text and len(content.words):
-            self.signatures.write(number, signature(np.unique(shingles(content.words, SHINGLE))))
+        if sign is not None and len(content.words):
+            self.signatures.write(number, sign(np.unique(shingles(content.words, SHINGLE))))
         if first:
             self._grey.write(number, drawn[0][1])
             self._colour.write(number, drawn[0][2])

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from mmscale.data.arrays import scattered
 from mmscale.data.dedup.compared_files import Compared
 from mmscale.data.dedup.picture_hashes import near, table_keys
+from mmscale.data.dedup.signers import NUMPY
 from mmscale.data.dedup.words import Hashes, band_keys
 
 RUN = np.dtype([("key", "<u8"), ("document", "<i8")])
@@ -34,12 +35,14 @@ class DuplicateRule:
         similarity: lowest share of equal minima of the signatures of two matching texts.
         distance: bits in which the hashes of two pictures may differ; -1: their codes must be equal.
         exact: only equal texts and equal codes match.
+        minhash: the program that computes signatures, from `signers.exact_name`.
     """
 
     match: str = "joint"
     similarity: float = 0.7
     distance: int = 2
     exact: bool = False
+    minhash: str = NUMPY
 
     @property
     def draws(self) -> bool:

@@ -19,7 +19,7 @@ from mmscale.data.arrays import scattered
 MINIMA = 128  # numbers of a signature; the standard error of an estimate of 0.8 is 0.035
 BANDS, ROWS = 18, 7  # 126 of the minima; the last two are used for the estimate only
 SHINGLE = 5  # words
-_CHUNK = 2048  # shingles that are hashed together: 2 MB of numbers
+_CHUNK = 256  # shingles that are hashed together: 256 kB of numbers, which fit into a cache
 _CACHED = 1 << 18  # words whose hashes are kept
 # Each letter of a script without spaces is a word. So is each punctuation mark: ":-)" and ":-(" differ.
 _SOLID = "぀-ヿ㐀-鿿가-힯"

@@ -19,6 +19,7 @@ from mmscale.data.dedup.compared_files import Compared, RecordBlock
 from mmscale.data.dedup.contamination import HeldOutContent, read_held_out
 from mmscale.data.dedup.pairs import RANGE, DuplicateRule, edges, merged
 from mmscale.data.dedup.picture_hashes import PictureHash, joined
+from mmscale.data.dedup.signers import signer
 from mmscale.data.prepared.manifest import parts_of, read_manifest
 from mmscale.data.process_pool import map_in_processes
 from mmscale.runtime.atomic_files import open_atomic
@@ -165,11 +166,12 @@ def _read(work: DedupWork, held_out: HeldOutContent | None, piece: DocumentRange
     """First pass over a slice."""
     reader = ContentReader(work.folder, split="train", draw=work.rule.draws)
     records = Compared(work.blocks)
+    sign = signer(work.rule.minhash) if work.rule.signs else None
     flags = np.zeros((piece.stop - piece.start, 2), bool)
     grams: list[NDArray[np.int64]] = [np.empty((0, 2), np.int64)]
     drawn: list[tuple[int, PictureHash]] = []
     for place, content in enumerate(reader.contents(piece)):
-        hashes = records.add(piece.first + place, content, text=work.rule.signs)
+        hashes = records.add(piece.first + place, content, sign=sign)
         if held_out is not None:
             found = held_out.find(content)
             drawn += [(place, one) for one in hashes if not found.item]

@@ -23,10 +23,11 @@ class Point:
     """A step after the warm-up, as the input of a schedule.
 
     Attributes:
-        step: the step that is about to be taken, from 1; counted from `optim.restart` on.
-        steps: steps of the run, counted likewise; the last step has this number.
+        step: the step that is about to be taken, from 1; counted from `optim.restart` on, or from the start of the
+            phase of `optim.phases`.
+        steps: steps of the run or of the phase, counted likewise; the last step has this number.
         tokens: tokens trained on before this step.
-        optim: the settings: `lr`, `min_lr`, `warmup` and the others.
+        optim: the settings: `lr`, `min_lr`, `warmup` and the others; of a phase, with its own in their place.
     """
 
     step: int
@@ -41,13 +42,14 @@ def learning_rate(config: OptimConfig, *, step: int, steps: int, tokens: int) ->
     Args:
         config: schedule and its numbers.
         step: the step that is about to be taken, from 1.
-        steps: steps of the whole run; the schedule ends after them.
+        steps: steps of the whole run; the last schedule ends after them.
         tokens: tokens trained on before this step (schedule power).
     """
-    step, steps = max(1, step - config.restart), max(1, steps - config.restart)
-    if step <= config.warmup:
-        return config.lr * step / config.warmup
-    return shape_of(config)(Point(step, steps, tokens, config))
+    own, start, end, _ = config.span_at(step, steps)
+    step, steps = max(1, step - start), max(1, end - start)
+    if step <= own.warmup:
+        return own.lr * step / own.warmup
+    return shape_of(own)(Point(step, steps, tokens, own))
 
 
 def _constant(at: Point) -> float:

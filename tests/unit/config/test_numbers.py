@@ -29,7 +29,9 @@ BASE: dict[str, Any] = {
         "depth": {"every": 2},
     },
     "data": {"blend": [{"path": "a"}], "prepare": {"documents": ["a.jsonl"]}},
-    "sft": {"blend": [{"path": "a"}]},
+    "optim": {"phases": [{"start": 2}]},
+    "auxiliary": {"optim": {"phases": [{"start": 2}]}},
+    "sft": {"blend": [{"path": "a"}], "optim": {"phases": [{"start": 2}]}},
 }
 NEVER = (math.nan, math.inf, -math.inf, 1e308, -1e308, 2**64, 10**400, -(10**16), "nan", "1e309", "-inf", True)
 PROBES = (-1, 0, 1, LARGEST, 1e-300, 0.5, 2)

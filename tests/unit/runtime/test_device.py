@@ -1,5 +1,6 @@
 """The device of this rank. What needs a GPU is in tests/gpu."""
 
+import os
 import platform
 import random
 import subprocess
@@ -20,6 +21,35 @@ def test_host_without_cuda() -> None:
     assert device.backend() == "gloo"
     assert device.device_name()
     device.synchronize()
+
+
+@pytest.mark.parametrize(
+    ("visible", "seen"),
+    [
+        (None, ["0", "1", "2", "0"]),
+        ("5,3,6", ["5", "3", "6", "5"]),
+        ("GPU-a,GPU-b,MIG-c", ["GPU-a", "GPU-b", "MIG-c", "GPU-a"]),
+    ],
+)
+def test_independent_processes_share_the_devices(
+    monkeypatch: pytest.MonkeyPatch, visible: str | None, seen: list[str]
+) -> None:
+    monkeypatch.setattr(device, "has_cuda", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    for number, name in enumerate(seen):
+        if visible is None:
+            monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        else:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        device.see_only(number)
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == name
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about hosts without CUDA")
+def test_nothing_is_hidden_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    device.see_only(1)
+    assert "CUDA_VISIBLE_DEVICES" not in os.environ
 
 
 def test_seeds_reach_every_generator() -> None:

@@ -93,7 +93,8 @@ def test_it_fails_if_a_stream_fails_or_none_has_tests(
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_reach_every_stream(number: signal.Signals, tmp_path: Path) -> None:
     names = [stream.name for stream in streams.STREAMS["test"]]
-    heard = "trap 'touch heard-$$; exit 2' INT TERM; touch ready-$$; for _ in {1..3000}; do sleep 0.1; done"
+    # `wait` ends at once when a trapped signal arrives; behind a command in the foreground bash may lose SIGINT.
+    heard = "trap 'touch heard-$$; kill $!; exit 2' INT TERM; sleep 300 & touch ready-$$; wait"
     python = stand_in(tmp_path, dict.fromkeys(names, 0), last=f"cd {tmp_path}; {heard}")
     code = f"import sys, pathlib; from tests import streams; sys.exit(streams.run('test', [], python={str(python)!r}, "
     code += f"logs=pathlib.Path({str(tmp_path)!r})))"

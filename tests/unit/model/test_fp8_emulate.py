@@ -28,6 +28,7 @@ from tests.unit.model.comparison import relative, run_model
 from tests.unit.model.reference import Batch, batch_of, moma_experts, random_documents, tiny
 
 SIZES = {"hidden_size": 32, "ffn_hidden_size": 32, "num_attention_heads": 2, "seq_length": 32}
+DEPTH = {"every": 2, "capacity": 0.5, "multiple": 2}
 UNGATED = moma_experts(counts={"text": 2, "image": 1}, ungated=["image"])
 
 
@@ -274,11 +275,13 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "moma": ("moma", {}),
     "mot": ("dense", {"untie": ["attention", "ffn", "norms"]}),
     "mot_4t1i": ("moma", {"untie": ["attention", "norms"], "experts": UNGATED}),
+    "moma_depth": ("moma", {"depth": DEPTH}),
+    "token_choice": ("moma", {"experts": moma_experts(token_choice={"top_k": 1})}),
 }
 
 
 @pytest.mark.parametrize("precision", RECIPES, ids=str)
-@pytest.mark.parametrize("name", ["dense", "moma", "mot", "mot_4t1i"])
+@pytest.mark.parametrize("name", MODELS)
 def test_a_model_is_near_its_own_in_fp32(build: Callable[..., GPTModel], name: str, precision: dict[str, Any]) -> None:
     """Four roundings a layer of 3 bits each: percents of the logits, and a gradient that points the same way."""
     kind, more = MODELS[name]
@@ -297,14 +300,18 @@ def test_a_model_is_near_its_own_in_fp32(build: Callable[..., GPTModel], name: s
     assert 0.9 < float(torch.nn.functional.cosine_similarity(one, other, dim=0)) < 1.0
 
 
+@pytest.mark.parametrize("precision", [{"fp8": "delayed"}, *RECIPES], ids=str)
 @pytest.mark.parametrize("routing", [Routing.CAUSAL, Routing.THRESHOLD])
-def test_causal_choices_fill_their_products(build: Callable[..., GPTModel], routing: Routing) -> None:
+def test_causal_choices_fill_their_products(
+    build: Callable[..., GPTModel], routing: Routing, precision: dict[str, Any]
+) -> None:
     """Any number of tokens may be chosen one by one; products are filled up to what FP8 takes."""
     settings = config(
         "moma",
         experts=tiny().model.experts.model_copy(update={"threshold_decay": 0.9}),
         auxiliary={"mode": "joint"},
-        depth={"every": 2, "capacity": 0.5, "multiple": 2},
+        depth=DEPTH,
+        precision=precision,
     )
     model = build(settings).eval()
     assert torch.isfinite(run_model(model, batch(), routing=routing)).all()

@@ -5,12 +5,15 @@
     mmscale data dedup data/icons-eta --match image --max-cluster 20000
     python docs/measurements/eta_icons.py FOLDER rates choices runs [--jobs 2] [--seeds 3]
     python docs/measurements/eta_icons.py FOLDER collect
+    python docs/measurements/eta_icons.py FOLDER rebuild               # from the published curves
+    mmscale compare FOLDER/rebuilt/dense_s* FOLDER/rebuilt/4t4i_s* ...
 
 `rates`: four learning rates for dense and 4t4i, a quarter of the steps. `choices`: ranking x capacity of 4t4i and
 moe8x, a quarter of the steps. `runs`: every model, its auxiliary routers, and its losses on the whole held-out split.
 Each run is one process with one thread; --jobs of them run at once. A run that is finished is not repeated, one that
 was ended goes on. `collect` writes FOLDER/eta_icons.json with the curves of all runs that are finished, and of those
-in docs/measurements/eta_icons.json, which are not repeated either.
+in docs/measurements/eta_icons.json, which are not repeated either. `rebuild` makes folders of the runs that are in that
+file, as far as `mmscale compare` reads them.
 """
 
 from __future__ import annotations
@@ -27,6 +30,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from run_folders import rebuild
 
 from mmscale.config.load import load
 
@@ -143,6 +148,12 @@ class Measurement:
         (self.folder / "eta_icons.json").write_text(f"{{\n{lines}\n}}\n")
 
 
+def whole_runs(runs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Those of the stage `runs`, dense first: its curves, joint routers and losses on the whole split are known."""
+    found = {name: run for name, run in runs.items() if "joint" in run}
+    return dict(sorted(found.items(), key=lambda one: (one[1]["model"] != "dense", one[0])))
+
+
 def curves(run: Path) -> dict[str, list[float]]:
     """Training losses and held-out losses of a run folder, each with its steps."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -164,7 +175,7 @@ def main() -> None:
     """The stages named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("stages", nargs="+", choices=("rates", "choices", "runs", "collect"))
+    parser.add_argument("stages", nargs="+", choices=("rates", "choices", "runs", "collect", "rebuild"))
     parser.add_argument("--config", type=Path, default=CONFIG)
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")
     parser.add_argument("--known", type=Path, default=PUBLISHED, help="curves of runs that are not repeated")
@@ -172,7 +183,9 @@ def main() -> None:
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     measurement = Measurement(options.folder.resolve(), options.config, options.known)
-    if set(options.stages) != {"collect"}:
+    if "rebuild" in options.stages:
+        rebuild(whole_runs(measurement.known), load(options.config), measurement.folder / "rebuilt")
+    if not set(options.stages) <= {"collect", "rebuild"}:
         measurement.baselines()
     chosen = [run for run in planned(options.seeds) if run.stage in options.stages]
     with ThreadPoolExecutor(options.jobs) as pool:

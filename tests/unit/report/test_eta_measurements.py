@@ -13,11 +13,10 @@ from typing import Any
 import orjson
 import pytest
 
-from mmscale.config.load import dump, load, resolve
-from mmscale.plan.siblings import siblings
+from docs.measurements.run_folders import rebuild
+from mmscale.config.load import load
 from mmscale.report.compare import Comparison, compare
 from mmscale.report.run_losses import ALL, VIEWS, View
-from mmscale.runs.metrics import METRICS
 
 ROOT = Path(__file__).parents[3]
 FILE = ROOT / "docs" / "measurements" / "eta.json"
@@ -32,31 +31,14 @@ SETTINGS = {
 }
 
 
-def rebuild(runs: dict[str, dict[str, Any]], overrides: tuple[str, ...], out: Path) -> list[Path]:
-    """Run folders with the measured curves, in the order of the file."""
-    base = load(ROOT / "configs" / "equal_loss.yaml", overrides)
-    kinds = {one.config.run.name.partition("_")[2]: one.config for one in siblings(base)}
-    for name, run in runs.items():
-        config = kinds[name.rpartition("_s")[0]].model_dump(mode="json")
-        (out / name).mkdir(parents=True)
-        settings = resolve(config, [f"run.seed={run['seed']}"])
-        (out / name / "config.yaml").write_text(dump(settings))
-        lines = []
-        for axis, prefix in (("training_step", "loss"), ("step", "eval/")):
-            keys = [key for key in run if key.startswith(prefix)]
-            columns = zip(*(run[key] for key in keys), strict=True)
-            lines += [
-                {"step": step, "attempt": 1} | dict(zip(keys, values, strict=True))
-                for step, values in zip(run[axis], columns, strict=True)
-            ]
-        (out / name / METRICS).write_bytes(b"".join(orjson.dumps(line) + b"\n" for line in lines))
-    return [out / name for name in runs]
-
-
 @pytest.mark.parametrize("name", list(SETTINGS))
 def test_published_ratios(tmp_path: Path, name: str) -> None:
     published = orjson.loads(FILE.read_bytes())["sets"][name]
-    folders = rebuild(published["runs"], SETTINGS[name], tmp_path)
+    runs = {
+        run: curves | {"model": run.rpartition("_s")[0], "settings": [f"run.seed={curves['seed']}"]}
+        for run, curves in published["runs"].items()
+    }
+    folders = rebuild(runs, load(ROOT / "configs" / "equal_loss.yaml", SETTINGS[name]), tmp_path)
     comparison = compare(folders[0], folders[1:])
     found = comparison.as_dict()
     wanted = {key(one): one for one in published["compare"]["speedups"]}

@@ -13,7 +13,7 @@ from mmscale.data.prepared.identity import identity_of
 from mmscale.data.prepared.manifest import read_manifest
 from mmscale.data.prepared.neighbours import write_neighbours
 from mmscale.data.stream.mixture import open_mixture
-from mmscale.data.vocab import BOI, BOS, EOI, EOS, Vocabulary
+from mmscale.data.vocab import BOI, BOS, EOI, EOS, HOLES, Vocabulary
 from mmscale.runtime import groups
 from mmscale.runtime.rank_env import RankEnv
 from mmscale.train.proof import trial
@@ -21,7 +21,7 @@ from tests.distributed.layouts import References, assert_passes, config, judge, 
 from tests.support import run_ranks
 from tests.unit.data.corpora import prepare
 
-VOCABULARY = Vocabulary(("text", "image"), ((0, 64), (64, 128)))
+VOCABULARY = Vocabulary(("text", "image"), ((0, 64), (64, 128)), reserved=True)
 DOCUMENTS = 60
 TWO_RANKS: dict[str, dict[str, Any]] = {
     "tp2": {"tp": 2},
@@ -38,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng, documents = np.random.default_rng(0), []
     for number in range(DOCUMENTS):
         image = [BOI, *rng.integers(64, 128, 6), EOI] if number % 2 else []
-        documents.append(np.array([BOS, *rng.integers(5, 64, rng.integers(2, 12)), *image, EOS]))
+        documents.append(np.array([BOS, *rng.integers(32, 64, rng.integers(2, 12)), *image, EOS]))
     place = prepare(tmp_path_factory.mktemp("retrieval") / "set", documents, vocabulary=VOCABULARY)
     table = (np.arange(DOCUMENTS)[:, None] + np.arange(1, 4)) % DOCUMENTS
     write_neighbours(place, {"train": table}, of=identity_of(place, read_manifest(place)), made={})
@@ -55,8 +55,8 @@ def data(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def settings(folder: Path, model: str, *, loss: bool, parallel: dict[str, Any] | None = None) -> Config:
-    return config(
+def settings(folder: Path, model: str, *, loss: bool, masked: float, parallel: dict[str, Any] | None = None) -> Config:
+    made = config(
         model,
         data={
             "path": str(folder),
@@ -66,6 +66,9 @@ def settings(folder: Path, model: str, *, loss: bool, parallel: dict[str, Any] |
         },
         parallel=parallel,
     )
+    objective = made.objective.model_copy(update={"cm3_rate": masked})
+    vocab = made.vocab.model_copy(update={"reserved": True})
+    return made.model_copy(update={"objective": objective, "vocab": vocab})
 
 
 @pytest.fixture
@@ -75,23 +78,29 @@ def references(tmp_path: Path) -> References:
 
 
 @pytest.mark.parametrize(
-    ("model", "loss"),
+    ("model", "loss", "masked"),
     [
-        ("moma", True),
-        ("dense", False),
+        ("moma", True, 0.0),
+        ("dense", False, 0.8),
         *[
-            pytest.param(model, loss, marks=pytest.mark.exhaustive)
-            for model, loss in [("moma", False), ("moma_token_choice", True), ("mot", True), ("moma_depth_joint", True)]
+            pytest.param(model, loss, masked, marks=pytest.mark.exhaustive)
+            for model, loss, masked in [
+                ("moma", False, 0.8),
+                ("moma_token_choice", True, 0.0),
+                ("mot", True, 0.8),
+                ("moma_depth_joint", True, 0.0),
+            ]
         ],
     ],
 )
 def test_layouts_equal_one_process(
-    folder: Path, references: References, model: str, loss: bool, tmp_path: Path
+    folder: Path, references: References, model: str, loss: bool, masked: float, tmp_path: Path
 ) -> None:
-    alone = settings(folder, model, loss=loss)
+    alone = settings(folder, model, loss=loss, masked=masked)
     mixture = open_mixture(alone, "train", vocabulary=VOCABULARY)
     batch = mixture.micro_batch(0)
     assert (batch.tokens == BOS).sum() > (batch.position_ids == 0).sum() - len(batch.tokens), "there are neighbours"
+    assert bool((batch.tokens == VOCABULARY.reserved_id(HOLES[0])).any()) is bool(masked), "there are holes"
     references.get(alone)
 
     def steps(ranks: RankEnv) -> None:
@@ -99,7 +108,9 @@ def test_layouts_equal_one_process(
         for name, parallel in TWO_RANKS.items():
             if name == "ep2" and model in ("dense", "mot"):
                 continue
-            found = judge(references, settings(folder, model, loss=loss, parallel=parallel), ranks, tmp_path / name)
+            found = judge(
+                references, settings(folder, model, loss=loss, masked=masked, parallel=parallel), ranks, tmp_path / name
+            )
             assert_passes(found, f"{model} {name}")
         groups.finalize()
 

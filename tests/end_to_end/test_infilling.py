@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,21 @@ def test_resumed_bit_by_bit(masked: Path, whole: dict[int, dict[str, Any]], tmp_
     resumed = trained(masked, tmp_path)
     for step, line in whole.items():
         assert {key: resumed[step].get(key) for key in EXACT} == {key: line.get(key) for key in EXACT}
+
+
+@pytest.mark.long
+def test_with_neighbours_a_run_resumes_bit_by_bit(masked: Path, tmp_path: Path) -> None:
+    """RA-CM3: retrieved documents first, then the rotated document. Held-out losses are of documents as they are."""
+    folder = Path(shutil.copytree(masked.parent / "set", tmp_path / "set"))
+    ok("data", "retrieve", folder)
+    settings = (f"data.path={folder}", "data.retrieval.neighbours=2", "data.retrieval.evaluation=1")
+    whole = trained(masked, tmp_path / "whole", *settings)
+    trained(masked, tmp_path / "parts", *settings, "train.steps=3")
+    parts = trained(masked, tmp_path / "parts", *settings)
+    for step, line in whole.items():
+        assert {key: parts[step].get(key) for key in EXACT} == {key: line.get(key) for key in EXACT}
+    alone = trained(masked, tmp_path / "alone", f"data.path={folder}")
+    assert alone[1]["loss"] != whole[1]["loss"]
 
 
 @pytest.mark.long

@@ -68,15 +68,6 @@ def _data(config: Config) -> Iterator[Problem]:
     yield from _images(config, prepare)
 
 
-def _retrieval(config: Config) -> Iterator[Problem]:
-    if config.data.retrieval.neighbours and config.objective.cm3_rate:
-        yield Problem(
-            f"data.retrieval.neighbours = {config.data.retrieval.neighbours} and objective.cm3_rate = "
-            f"{config.objective.cm3_rate:g}: holes of documents with neighbours are not supported",
-            "set one of them to 0",
-        )
-
-
 def _canaries(prepare: PrepareConfig) -> Iterator[Problem]:
     if prepare.canaries is None:
         return
@@ -151,4 +142,4 @@ def _images(config: Config, prepare: PrepareConfig) -> Iterator[Problem]:
             )
 
 
-RULES: tuple[Rule, ...] = (_data, _retrieval)
+RULES: tuple[Rule, ...] = (_data,)

@@ -1,6 +1,6 @@
 """Documents of a source as a stream reads them: as they are stored, or rotated by causal masking.
 
-D documents.
+Of a document that is read with neighbours only its own tokens are masked, as in RA-CM3 (arXiv 2211.12561). D documents.
 """
 
 from __future__ import annotations
@@ -54,7 +54,14 @@ class DocumentReader:
             DataError: a table is missing or damaged.
         """
         rows = self.source.rows(documents)
-        return rows if self._choice is None else _longer(rows, self._choice.numbers(rows, documents, epochs))
+        return rows if self._choice is None else _longer(rows, self._numbers(self._choice, rows, documents, epochs))
+
+    def _numbers(
+        self, choice: SpanChoice, rows: DocumentRows, documents: NDArray[np.int64], epochs: NDArray[np.int64]
+    ) -> NDArray[np.int64]:
+        """Spans of each document, int64 [D]."""
+        own = self.source.own_rows(documents, rows)
+        return choice.numbers(own, self.source.queries(documents), epochs, lengths=rows.lengths)
 
     def lengths(self, epoch: int) -> NDArray[np.integer]:
         """Tokens of each document of the source in an epoch, [D]."""
@@ -75,15 +82,17 @@ class DocumentReader:
         trained = source.trained(documents, rows, modality)
         if self._choice is None:
             return Documents(ids, modality, trained, rows.lengths)
-        numbers = self._choice.numbers(rows, documents, epochs)
+        numbers = self._numbers(self._choice, rows, documents, epochs)
+        queries, before = source.queries(documents), rows.lengths - source.own_rows(documents, rows).lengths
         tokens = hole_tokens(vocabulary)
         # Holes are at random places, so they are never trained on as labels; the ends of their fillings are.
         no_labels = np.zeros(len(HOLES), bool)
         parts, first = [], 0
         for place, end in enumerate(np.cumsum(rows.lengths).tolist()):
             own = slice(first, end)
-            spans = self._spans(ids[own], modality[own], vocabulary, numbers[place], documents[place], epochs[place])
-            order = rotation(end - first, spans)
+            query = slice(first + before[place], end)
+            spans = self._spans(ids[query], modality[query], vocabulary, numbers[place], queries[place], epochs[place])
+            order = rotation(end - first, [(start + before[place], stop + before[place]) for start, stop in spans])
             parts.append(
                 (
                     np.append(ids[own], tokens)[order],

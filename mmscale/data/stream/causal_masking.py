@@ -68,18 +68,27 @@ class SpanChoice:
     source: int
     seq_length: int
 
-    def numbers(self, rows: DocumentRows, documents: NDArray[np.int64], epochs: NDArray[np.int64]) -> NDArray[np.int64]:
+    def numbers(
+        self,
+        rows: DocumentRows,
+        documents: NDArray[np.int64],
+        epochs: NDArray[np.int64],
+        *,
+        lengths: NDArray[np.int64] | None = None,
+    ) -> NDArray[np.int64]:
         """Spans of each document, int64 [D]; 0: it is read as it is.
 
         Args:
             rows: of the documents.
             documents: their numbers.
             epochs: in which each is read.
+            lengths: tokens of each with its neighbours; None: it has none.
         """
+        lengths = rows.lengths if lengths is None else lengths
         text, others = rows.counts[:, 0].astype(np.int64), rows.lengths - rows.counts[:, 0]
         # Tokens of text inside, if each item has a begin and an end token. An item has as much room as two of them.
         inside = text - 2 - 2 * (others > 0) * (self.masking.image_spans == "none")
-        room = np.minimum(-(-inside // 2), (self.seq_length - rows.lengths) // PER_SPAN)
+        room = np.minimum(-(-inside // 2), (self.seq_length - lengths) // PER_SPAN)
         uniform = self._uniform(documents, epochs)
         wanted = 1 + np.searchsorted(_CUMULATED, uniform[:, 1], side="right")
         masked = (uniform[:, 0] < self.masking.rate) & ~rows.masked

@@ -162,6 +162,10 @@ class ComposedSource(Source):
         """The documents of composites, int64 [n]."""
         return numbers % len(self)
 
+    def own_rows(self, numbers: NDArray[np.int64], rows: DocumentRows) -> DocumentRows:
+        """Rows of the queries alone."""
+        return self.plain.rows(self.queries(numbers))
+
     def composed(
         self, documents: NDArray[np.int64], *, epoch: int, seed: int, position: int, seq_length: int
     ) -> NDArray[np.int64]:

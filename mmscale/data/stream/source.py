@@ -130,6 +130,10 @@ class Source:
         """The documents for which `composed` returned these numbers."""
         return numbers
 
+    def own_rows(self, numbers: NDArray[np.int64], rows: DocumentRows) -> DocumentRows:
+        """Rows of `queries(numbers)` without their neighbours; `rows`: those of `numbers`."""
+        return rows
+
     def __len__(self) -> int:
         """Number of documents."""
         return int(self._ends[-1])

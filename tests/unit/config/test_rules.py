@@ -36,10 +36,6 @@ BROKEN = [
     # vocabulary
     ({"vocab__modalities": []}, "vocab.modalities is empty"),
     ({"objective__cm3_rate": 0.5}, "objective.cm3_rate = 0.5 needs tokens for holes"),
-    (
-        {"objective__cm3_rate": 0.5, "vocab__reserved": True, "data__retrieval__neighbours": 1},
-        "holes of documents with neighbours are not supported",
-    ),
     ({"vocab__modalities": [{"name": "a", "size": 9}] * 2}, "vocab.modalities: names repeat: a, a"),
     ({"vocab__modalities": [{"name": "type", "size": 9}]}, "'type' cannot be part of a parameter's name"),
     ({"vocab__modalities": [{"name": "a.b", "size": 9}]}, "'a.b' cannot be part of a parameter's name"),

@@ -24,7 +24,7 @@ TRAIN, VALIDATION = "train", "validation"
 # Keys of a record; `metadata` is for the user and is not read.
 KEYS = ("id", "content", "loss", "group", "split", "metadata")
 CONTENT_KEYS = ("content", *chat.CHATS)  # a record has one of them
-QUESTION_KEYS = ("choices", "answer")  # of questions, besides the keys of a document
+QUESTION_KEYS = ("choices", "answer", "end")  # of questions, besides the keys of a document
 _IGNORED = " (data.prepare.ignore names keys that are not to be read)"
 CHAT_KEYS = (*chat.CHATS, *chat.IMAGES)  # further keys of chat records, instead of `content`
 SplitName = Literal["train", "validation"]

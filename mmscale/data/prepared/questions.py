@@ -6,7 +6,8 @@ One JSON object per line, with the keys of a document and
     "answer": " dog"                                does the model write exactly this?
 
 An answer is appended to the last text unchanged, with its leading space if it has one. A conversation ends with a
-message of the user, and the answer is the assistant's message that follows. No torch here.
+message of the user, and the answer is the assistant's message that follows. With "end": false, the end of the document
+or message is no part of the answer. No torch here.
 """
 
 from __future__ import annotations
@@ -48,11 +49,13 @@ class _Question:
         document: the part before the answer.
         answers: the texts to choose from; if there is only one, the model must write exactly this.
         right: index of the correct one.
+        end: whether the end of the document or message belongs to each answer.
     """
 
     document: Document
     answers: tuple[str, ...]
     right: int
+    end: bool
 
 
 def read_questions(file: Path, encoder: DocumentEncoder) -> list[TaskItem]:
@@ -168,20 +171,22 @@ def _parsed(line: bytes, *, where: str, resolve: Any) -> _Question:
         raise DataError(f"task: {where}: not JSON: {error}", remedy=_FORMAT) from error
     if not isinstance(record, dict):
         raise DataError(f"task: {where}: the line is no object", remedy=_FORMAT)
-    choices, answer = record.pop("choices", None), record.pop("answer", None)
+    choices, answer, end = record.pop("choices", None), record.pop("answer", None), record.pop("end", True)
     document = parse_document(record, where=where, fallback_id=where, resolve=resolve, question=True)
     if isinstance(document, Rejected):
         raise DataError(f"task: {where}: {document.reason}", remedy=_FORMAT)
+    if not isinstance(end, bool):
+        raise DataError(f"task: {where}: end is {end!r}, neither true nor false", remedy=_FORMAT)
     if choices is None:
         if not isinstance(answer, str) or not answer:
             raise DataError(f"task: {where}: there are no choices, and answer is no text", remedy=_FORMAT)
-        return _Question(document, (answer,), 0)
+        return _Question(document, (answer,), 0, end)
     texts = choices if isinstance(choices, list) and all(isinstance(one, str) and one for one in choices) else []
     if len(texts) < 2 or len(set(texts)) < len(texts):
         raise DataError(f"task: {where}: choices are no list of at least two different texts", remedy=_FORMAT)
     if type(answer) is not int or not 0 <= answer < len(texts):
         raise DataError(f"task: {where}: answer is {answer!r}, no number from 0 to {len(texts) - 1}", remedy=_FORMAT)
-    return _Question(document, tuple(texts), answer)
+    return _Question(document, tuple(texts), answer, end)
 
 
 def _encoded(question: _Question, encoder: DocumentEncoder) -> TaskItem:
@@ -190,19 +195,21 @@ def _encoded(question: _Question, encoder: DocumentEncoder) -> TaskItem:
     The ids that all of them begin with belong to the question.
 
     Answers include the end of the document, `</s>`: otherwise "cat" would be likelier than every name that begins with
-    it.
+    it. A question with `end` false, whose answers are no beginnings of each other, can do without.
     """
     rows = [_ids(_ending_with(question.document, answer), encoder) for answer in question.answers]
     alone = _ids(_answered(question.document), encoder)
     if question.document.answers is not None:  # an answer ends with the message; nothing was trained to follow that
         rows = [row[:-1] for row in rows]
     whole = rows[question.right]
+    if not question.end:
+        rows = [row[:-1] for row in rows]
     # A single answer is compared with the question alone, which ends with `</s>`; no answer begins with that.
     start = _common(rows if len(rows) > 1 else [whole, alone])
     answers = tuple(row[start:] for row in rows)
     if len(set(answers)) < len(answers) or not all(answers):
         raise DataError(f"task: {question.document.where}: two choices have the same tokens", remedy="make them differ")
-    return TaskItem(whole, (start, len(whole)), answers if len(answers) > 1 else ())
+    return TaskItem(whole, (start, len(rows[question.right])), answers if len(answers) > 1 else ())
 
 
 def _answered(document: Document, *answer: Content) -> Document:

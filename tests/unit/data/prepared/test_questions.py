@@ -65,6 +65,23 @@ def test_a_file_reads_the_same_beside_the_data(folder: Path) -> None:
     assert items == read_task(folder / "out", read_manifest(folder / "out"), "which")
 
 
+@pytest.mark.parametrize(
+    "fields", [{"choices": NAMES, "answer": 1}, {"answer": " picture number"}], ids=["which", "name"]
+)
+def test_the_end_of_the_document_can_be_left_out_of_answers(
+    folder: Path, tmp_path: Path, fields: dict[str, Any]
+) -> None:
+    settings = config(documents=[])
+    data = settings.data.model_copy(update={"path": str(folder / "out")})
+    encoder = encoder_of(settings.model_copy(update={"data": data}))
+    records = [{"content": [text("this is a")]} | fields | end for end in ({}, {"end": True}, {"end": False})]
+    whole, same, short = read_questions(write_jsonl(tmp_path / "ends.jsonl", records), encoder)
+    assert whole == same and short.ids == whole.ids
+    start, end = whole.answer
+    assert short.answer == (start, end - 1) and whole.ids[end - 1] == EOS
+    assert short.choices == tuple(choice[:-1] for choice in whole.choices)
+
+
 BAD = {
     "no answer": ({"choices": NAMES}, "answer is None, no number from 0 to 2"),
     "number too large": ({"choices": NAMES, "answer": 3}, "no number from 0 to 2"),
@@ -72,6 +89,7 @@ BAD = {
     "one choice": ({"choices": [" a"], "answer": 0}, "at least two different texts"),
     "twice the same": ({"choices": [" a", " a"], "answer": 0}, "at least two different texts"),
     "no choices": ({"answer": 2}, "there are no choices, and answer is no text"),
+    "end": ({"choices": NAMES, "answer": 0, "end": 1}, "end is 1, neither true nor false"),
     "unknown key": ({"choices": NAMES, "answer": 0, "choises": 1}, "unknown key 'choises'"),
     "no image": ({"content": [image("none.png")], "answer": "x"}, "none.png"),
 }

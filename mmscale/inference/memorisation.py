@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from mmscale.config import Config
 from mmscale.config.derived import source_names
-from mmscale.data.built_in.canaries import read_canaries
+from mmscale.data.prepared.canaries import read_canaries
 from mmscale.data.prepared.encode import Encoded
 from mmscale.data.prepared.manifest import HELD_OUT, TRAIN, Manifest, read_manifest
 from mmscale.data.prepared.questions import encoder_of

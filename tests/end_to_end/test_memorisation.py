@@ -13,9 +13,9 @@ import torch
 
 import checkpoints_tools.huggingface.evaluate_export  # noqa: F401  what forked commands would import one by one
 from mmscale.config.data.schema import CanariesConfig
-from mmscale.data.built_in.canaries import FILE, CanarySlice, canaries, read_canaries
 from mmscale.data.digests import DIGESTS
 from mmscale.data.modalities.text_tokens import open_text_tokenizer
+from mmscale.data.prepared.canaries import FILE, CanarySlice, canaries, read_canaries
 from mmscale.data.prepared.manifest import TRAIN, read_manifest
 from mmscale.data.stream.packed import pack_rows
 from mmscale.data.stream.source import Source

@@ -12,10 +12,9 @@ from typing import Any
 
 from mmscale import bounded
 from mmscale.data import digests
-from mmscale.data.built_in import canaries
 from mmscale.data.modalities import text_tokens
 from mmscale.data.modalities.table import MODALITIES, folder_of
-from mmscale.data.prepared import neighbours, selection, tasks
+from mmscale.data.prepared import canaries, neighbours, selection, tasks
 from mmscale.data.prepared.folder_lock import LOCK
 from mmscale.data.prepared.manifest import MANIFEST, MOST_BYTES
 from mmscale.data.prepared.parts import DONE, SPLITS

@@ -10,13 +10,13 @@ from typing import Any
 from mmscale.config import ImageTokenizerConfig, PrepareConfig
 from mmscale.config.plugins import use_of
 from mmscale.data import digests
-from mmscale.data.built_in.canaries import CanarySlice
 from mmscale.data.built_in.digits import digit_slices
 from mmscale.data.built_in.emoji import emoji_slices
 from mmscale.data.documents.plugin_reader import scan_with
 from mmscale.data.documents.readers import list_files, list_local, scan_files
 from mmscale.data.documents.schema import DocumentSlice
 from mmscale.data.documents.slices import ReadSettings
+from mmscale.data.prepared.canaries import CanarySlice
 from mmscale.data.vocab import Vocabulary
 from mmscale.errors import DataError
 

@@ -15,7 +15,6 @@ from typing import Any
 from mmscale.config import Config, PrepareConfig
 from mmscale.config.plugins import uses
 from mmscale.data import digests
-from mmscale.data.built_in import canaries
 from mmscale.data.built_in.digits import TASK as DIGIT_TASK
 from mmscale.data.built_in.digits import digit_task
 from mmscale.data.built_in.emoji import TASK as EMOJI_TASK
@@ -24,7 +23,7 @@ from mmscale.data.documents.readers import list_local
 from mmscale.data.documents.schema import DocumentSlice
 from mmscale.data.modalities.fit import check_settings, item_tokenizers, text_tokenizer
 from mmscale.data.modalities.modality import Codec
-from mmscale.data.prepared import tasks
+from mmscale.data.prepared import canaries, tasks
 from mmscale.data.prepared.build import WorkSetup, build_parts
 from mmscale.data.prepared.folder import REJECTED, claimed
 from mmscale.data.prepared.folder_lock import write_error

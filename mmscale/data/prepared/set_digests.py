@@ -10,7 +10,7 @@ from typing import Any
 
 from mmscale import bounded
 from mmscale.data import digests
-from mmscale.data.built_in import canaries
+from mmscale.data.prepared import canaries
 from mmscale.data.prepared.folder import tokenizer_folders
 from mmscale.data.prepared.manifest import MANIFEST, MOST_BYTES, Manifest
 from mmscale.data.prepared.parts import FinishedPart, PartJob

@@ -6,10 +6,13 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import hypothesis
 import pytest
+
+from tests import digits
 
 # With more than one OpenMP thread in the parent, forked ranks (tests/support.py) hang in their first large matmul.
 # Also, spinning threads would slow down small machines.
@@ -26,6 +29,12 @@ hypothesis.settings.load_profile("any_machine")
 # A fork must not collect its parent's garbage: destroying a process group waits for threads that the fork does not
 # have, and crashes. (mmscale/checkpoint/forked.py does the same for the forks of a trainer.)
 os.register_at_fork(after_in_child=gc.freeze)
+
+
+@pytest.fixture(scope="session")
+def digits_documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the handwritten digits as documents, without shifted copies."""
+    return digits.write(tmp_path_factory.mktemp("documents") / "digits")
 
 
 @pytest.fixture

@@ -103,14 +103,16 @@ RUN := runs/quickstart
 DIGITS := zero one two three four five six seven eight nine
 STRICT ?=
 quickstart: $(STAMP)
+	$(BIN)/python examples/digits/write_documents.py --out data/digits-documents
 	$(BIN)/mmscale data prepare configs/quickstart.yaml --out data/digits
 	$(BIN)/mmscale train configs/quickstart.yaml --nproc 2
 	$(BIN)/mmscale train configs/quickstart.yaml --stage auxiliary --nproc 2
 	$(BIN)/mmscale eval $(RUN) --routing causal
 	$(BIN)/mmscale convert to-hf $(RUN) $(RUN)/hf
 	$(BIN)/mmscale eval $(RUN)/hf --json > $(RUN)/evaluation.json
-	$(BIN)/mmscale sample $(RUN)/hf $(foreach digit,$(DIGITS),--prompt "draw a $(digit)") --count 20 --guidance 2 --recognise \
+	$(BIN)/mmscale sample $(RUN)/hf $(foreach digit,$(DIGITS),--prompt "draw a $(digit)") --count 20 --guidance 2 \
 	  --out $(RUN)/drawings --json > $(RUN)/drawings.json
+	$(BIN)/python examples/digits/recognise.py data/digits-documents $(RUN)/drawings.json --json > $(RUN)/recognition.json
 	$(BIN)/mmscale report $(RUN) --out $(RUN)/curves.png
 	$(BIN)/mmscale report $(RUN) --out $(RUN)/report.html --no-png
 	@$(BIN)/python tests/quickstart_summary.py $(RUN) $(STRICT)

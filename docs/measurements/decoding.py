@@ -19,9 +19,12 @@ from checkpoints_tools.huggingface.generator import Generator, open_generator
 from checkpoints_tools.huggingface.prompts import Prompt
 from checkpoints_tools.huggingface.shipped.infilling_moma import Holes
 from checkpoints_tools.huggingface.shipped.likelihood_moma import document_behind, log_likelihoods
-from mmscale.data.built_in.digits import DRAW, WORDS, labelled
 from mmscale.inference.generate import Sampling, generate
-from mmscale.inference.recognise import recognise
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "digits"
+sys.path.append(str(EXAMPLE))
+from recognise import labelled, recognise  # noqa: E402
+from write_documents import DRAW, WORDS  # noqa: E402
 
 log = logging.getLogger(__name__)
 EACH, BEST_OF = 160, (1, 2, 4, 8)  # drawings of each digit; numbers of samples of which the best is kept
@@ -49,9 +52,14 @@ def trained(folder: Path) -> Path:
     """The run with its causal routers."""
     settings = ["vocab.reserved=true", "objective.cm3_rate=0.5", "objective.image_spans=partial", "parallel.ep=1"]
     place = ["run.name=drawings", f"run.dir={folder / 'runs'}", f"data.path={folder / 'data'}", "log.tensorboard=false"]
-    config = "configs/quickstart.yaml"
+    config, documents = "configs/quickstart.yaml", folder / "documents"
+    subprocess.run([sys.executable, EXAMPLE / "write_documents.py", "--out", documents], check=True)
+    named = [
+        f"data.prepare.documents=[{documents / 'documents.jsonl'}]",
+        f"data.prepare.tasks.digit={documents / 'digit.jsonl'}",
+    ]
     for command in (
-        ["data", "prepare", config, "--out", str(folder / "data"), "vocab.reserved=true"],
+        ["data", "prepare", config, "--out", str(folder / "data"), "vocab.reserved=true", *named],
         ["train", config, *settings, *place],
         ["train", config, "--stage", "auxiliary", *settings, *place],
     ):
@@ -59,14 +67,11 @@ def trained(folder: Path) -> Path:
     return folder / "runs" / "drawings"
 
 
-def drawn(model: Generator, way: dict, *, ranked: bool) -> dict:
+def drawn(model: Generator, documents: Path, way: dict, *, ranked: bool) -> dict:
     """Shares of digits that are read as asked, by what ranks samples and of how many the best is kept."""
     prompts = [Prompt(f"draw a {word}", draw=True) for word in WORDS]
     samples = model.sample(prompts, count=EACH, sampling=Sampling(max_tokens=17, batch=EACH * len(WORDS), **way))
-    pictures = [np.asarray(one.pieces[0]) for one in samples]
-    right = np.array(
-        [recognise([(one.prompt.text, picture)]).right for one, picture in zip(samples, pictures, strict=True)]
-    )
+    right = np.array([recognise(documents, [(one.prompt.text, np.asarray(one.pieces[0]))])["right"] for one in samples])
     if not ranked:
         return {"one": float(right.mean())}
     found = {"any of them": shares(right, right.astype(float))}
@@ -98,9 +103,9 @@ def shares(right: np.ndarray, scores: np.ndarray) -> dict:
     return found
 
 
-def filled(model: Generator) -> dict:
+def filled(model: Generator, documents: Path) -> dict:
     """Shares of words and of image tokens that are restored exactly, on held-out pictures."""
-    images, labels = labelled(held_out=True)
+    images, labels = labelled(documents, "validation")
     processor, words = model.processor, [WORDS[label] for label in labels]
     result = {}
     for name, pieces in {
@@ -125,7 +130,7 @@ def filled(model: Generator) -> dict:
     ]
     text = range(processor.image_range[0])
     before = [one.ids for one in generated(model, prompts, never=text, max_tokens=HIDDEN.stop - HIDDEN.start)]
-    common = codes_of(model, labelled(held_out=False)[0])[:, HIDDEN]
+    common = codes_of(model, labelled(documents, "train")[0])[:, HIDDEN]
     for name, tokens in {
         "image tokens from both sides": fillings(model, [list(pair) for pair in zip(captions, masked, strict=True)]),
         "image tokens from those before": before,
@@ -160,9 +165,9 @@ if __name__ == "__main__":
     place = Path(sys.argv[1])
     place.mkdir(parents=True, exist_ok=True)
     opened = open_generator(trained(place))
-    result = {"filled": filled(opened)}
+    result = {"filled": filled(opened, place / "documents")}
     log.info("%s", json.dumps(result["filled"], indent=1))
     for title, settings in WAYS.items():
-        result[title] = drawn(opened, settings, ranked=title in RANKED)
+        result[title] = drawn(opened, place / "documents", settings, ranked=title in RANKED)
         log.info("%s | %s", title, json.dumps(result[title]))
         (place / "decoding.json").write_text(json.dumps(result, indent=1))

@@ -2,10 +2,10 @@
 
     python docs/measurements/fuse.py FOLDER SEED [SEED ...]
 
-Writes the built-in emoji as three data sets of one vocabulary: names alone, pictures alone, and both. For each seed it
-trains a text model and an image model, fuses them in both ways, trains the results on for 10 % of the steps, and trains
-models from scratch. Held-out losses are those of the set with both. Data, runs and losses that FOLDER has are not made
-again. FOLDER/fuse.json has all losses; the table goes to the terminal.
+Prepares emoji (examples/emoji) as three data sets of one vocabulary: names alone, pictures alone, and both. For each
+seed it trains a text model and an image model, fuses them in both ways, trains the results on for 10 % of the steps,
+and trains models from scratch. Held-out losses are those of the set with both. Data, runs and losses that FOLDER has
+are not made again. FOLDER/fuse.json has all losses; the table goes to the terminal.
 """
 
 from __future__ import annotations
@@ -17,15 +17,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
-
-from mmscale.config import EmojiConfig
-from mmscale.data.built_in.emoji import emoji_slices
-from mmscale.data.documents.schema import Image, Text
-from mmscale.data.modalities.image_files import save_png
-
 log = logging.getLogger(__name__)
-HELD_OUT = 0.1
+EXAMPLE = Path(__file__).parents[2] / "examples" / "emoji" / "write_documents.py"
 TEXT, IMAGE, ON = 150, 450, 60  # steps of the two models, and of training on: a tenth of both together
 KEYS = ("loss/text", "loss/image", "loss", "conditional_loss/text_given_image", "conditional_loss/image_given_text")
 ALL = TEXT + IMAGE + ON
@@ -47,12 +40,7 @@ CONFIG = {
     "precision": {"dtype": "fp32"},
     "checkpoint": {"every": 10000, "keep": 1},
 }
-PREPARE = {
-    "source": "emoji",
-    "emoji": {"languages": ["en"], "skin_tones": False},
-    "image": {"kind": "kmeans", "size": 32, "channels": 3, "patch": 4},
-    "held_out": HELD_OUT,
-}
+PREPARE = {"image": {"kind": "kmeans", "size": 32, "channels": 3, "patch": 4}}
 
 
 def mmscale(*arguments: object) -> dict:
@@ -66,20 +54,15 @@ def mmscale(*arguments: object) -> dict:
 
 def write_parts(folder: Path) -> None:
     """Documents of the names alone and of the pictures alone, in the splits of the set with both."""
-    folder.mkdir(parents=True)
-    settings = EmojiConfig.model_validate(PREPARE["emoji"])
-    (documents,) = emoji_slices(settings, held_out=HELD_OUT, slice_records=10**6)
+    subprocess.run([sys.executable, EXAMPLE, "--out", folder], check=True)
     with (folder / "text.jsonl").open("w") as texts, (folder / "image.jsonl").open("w") as images:
-        for document in documents.read():
-            place = {"id": document.id, "group": document.group, "split": document.split}
-            for item in document.content:
-                if isinstance(item, Text):
-                    print(json.dumps(place | {"content": [{"type": "text", "text": item.text}]}), file=texts)
-                elif isinstance(item, Image) and document.id.endswith("describe"):  # each picture once
-                    assert isinstance(item.source, np.ndarray)
-                    save_png(item.source, folder / f"{document.id}.png")
-                    content = [{"type": "image", "path": f"{document.id}.png"}]
-                    print(json.dumps(place | {"content": content}), file=images)
+        for line in (folder / "documents.jsonl").read_text().splitlines():
+            document = json.loads(line)
+            for item in document["content"]:
+                if item["type"] == "text":
+                    print(json.dumps(document | {"content": [item]}), file=texts)
+                elif document["id"].endswith("describe"):  # each picture once
+                    print(json.dumps(document | {"content": [item]}), file=images)
 
 
 def prepare(folder: Path) -> Path:
@@ -87,7 +70,8 @@ def prepare(folder: Path) -> Path:
     config = folder / "config.yaml"
     if not config.exists():
         write_parts(folder / "documents")
-        settings = CONFIG | {"data": {"path": str(folder / "both"), "prepare": PREPARE}}
+        files = [str(folder / "documents" / "documents.jsonl")]
+        settings = CONFIG | {"data": {"path": str(folder / "both"), "prepare": PREPARE | {"documents": files}}}
         spec = folder / "spec.yaml"
         spec.write_text(json.dumps(settings))
         mmscale("data", "prepare", spec, "--out", folder / "both")

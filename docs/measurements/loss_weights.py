@@ -1,7 +1,8 @@
 """Held-out losses with and without loss-based weights, on data with planted duplicates or noise.
 
-Trains small dense models on the built-in digits in one process, on the same sequences for every kind of weights:
+Trains small dense models on handwritten digits in one process, on the same sequences for every kind of weights:
 
+    python examples/digits/write_documents.py --out data/digits-documents
     mmscale data prepare configs/quickstart.yaml --out SET
     python docs/measurements/loss_weights.py SET 400 > loss_weights.json
 

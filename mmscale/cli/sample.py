@@ -28,7 +28,7 @@ from mmscale.cli.sample_options import (
     refuse_with_batch_routing,
     texts_of,
 )
-from mmscale.cli.sampled import GeneratedItem, GeneratedSample, recognised, show, written
+from mmscale.cli.sampled import GeneratedItem, GeneratedSample, show, written
 from mmscale.errors import UsageError
 from mmscale.runtime.activity import report_activity
 from mmscale.tables.routings import Routing, meanings
@@ -179,13 +179,6 @@ def sample(
             help="With --best-of: rank by this text instead of the prompt, e.g. 'this is a seven'; one per prompt.",
         ),
     ] = None,
-    recognise: Annotated[
-        bool,
-        typer.Option(
-            "--recognise",
-            help="Digits: report how many drawings a classifier trained on real digits reads as requested.",
-        ),
-    ] = False,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the sampling.")] = 0,
     nproc: ranks.OnRanks = None,
     as_json: Json = False,
@@ -253,8 +246,6 @@ def sample(
     if shared is not None and not shared.is_first:
         return
     result = facts | written(drawn, texts, count, out)
-    if recognise:
-        result["recognition"] = recognised(drawn)
     emit(result, as_json=as_json, text=lambda: show(result))
 
 

@@ -74,28 +74,6 @@ def written(drawn: list[GeneratedSample], prompts: list[str], count: int, out: P
     return {"sheet": sheet, "images": files["image"], "files": files, "samples": samples}
 
 
-def recognised(drawn: list[GeneratedSample]) -> dict[str, Any]:
-    """How many drawn digits a classifier reads as requested, in all and by word."""
-    from mmscale.inference.recognise import recognise
-
-    first = [
-        next(
-            (piece.values for piece in one.pieces if isinstance(piece, GeneratedItem) and piece.modality == "image"),
-            None,
-        )
-        for one in drawn
-    ]
-    found = recognise([(one.prompt, picture) for one, picture in zip(drawn, first, strict=True)])
-    by_word = {word: {"asked": asked, "right": right} for word, (asked, right) in found.by_word.items()}
-    return {
-        "asked": found.asked,
-        "right": found.right,
-        "share": found.share,
-        "ceiling": found.ceiling,
-        "by_word": by_word,
-    }
-
-
 def _items(result: dict[str, Any]) -> str:
     """Number of images and of other items, in words."""
     others = [f"{len(own)} {name} files" for name, own in result["files"].items() if own and name != "image"]
@@ -120,9 +98,3 @@ def show(result: dict[str, Any]) -> None:
             typer.echo(f"{one['prompt']!r} -> {' '.join(parts)}{'' if one['ended'] else ' ...'}")
         where = f", all of them in {result['sheet']}" if result["sheet"] else ""
         typer.echo(f"{len(result['samples'])} samples with {_items(result)}{where}", err=True)
-    if "recognition" in result:
-        found = result["recognition"]
-        typer.echo(
-            f"{found['right']} of {found['asked']} drawn digits ({found['share']:.1%}) are read as asked "
-            f"by a classifier that reads {found['ceiling']:.1%} of real ones right"
-        )

@@ -7,7 +7,6 @@ from mmscale.config.checkpoint.schema import CheckpointConfig
 from mmscale.config.data.schema import (
     DataConfig,
     DataSource,
-    EmojiConfig,
     ImageTokenizerConfig,
     PrepareConfig,
     TextTokenizerConfig,
@@ -31,7 +30,6 @@ __all__ = [
     "DataConfig",
     "DataSource",
     "DepthConfig",
-    "EmojiConfig",
     "ExpertsConfig",
     "ImageTokenizerConfig",
     "LogConfig",

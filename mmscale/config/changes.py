@@ -17,6 +17,7 @@ from pydantic_core import to_jsonable_python
 
 from mmscale.config import document as documents
 from mmscale.config import keys
+from mmscale.config.data.schema import FORMER_PREPARE
 from mmscale.config.effects import Effect, effect_of
 from mmscale.config.schema import Config
 
@@ -78,7 +79,7 @@ def changes(old: Mapping[str, Any], new: Config) -> list[Change]:
         new: this run's; an `auto` share that is not resolved yet is ignored.
     """
     now = new.model_dump(mode="json")
-    before, after = _settings(old), _settings(now)
+    before, after = {key: value for key, value in _settings(old).items() if not _is_former(key)}, _settings(now)
     found = []
     for key in [*after, *(key for key in before if key not in after)]:
         one, other = before.get(key, _BEFORE.get(key, _MISSING)), after.get(key, _MISSING)
@@ -116,6 +117,11 @@ def function_changes(old: Mapping[str, Any], new: Config) -> list[str]:
 def describe(found: Sequence[Change], *, confirmed: bool) -> list[str]:
     """One line for each change that needs a confirmation, or for each that does not."""
     return [str(change) for change in found if change.confirmed is confirmed]
+
+
+def _is_former(key: str) -> bool:
+    *section, name = key.split(".")[:3]
+    return section == ["data", "prepare"] and name in FORMER_PREPARE
 
 
 def _settings(data: Mapping[str, Any]) -> dict[str, Any]:

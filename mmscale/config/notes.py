@@ -198,18 +198,6 @@ NEEDS: tuple[Condition, ...] = (
         lambda config: config.log.prometheus_port is not None,
     ),
     *_tokenizers(),
-    Condition(
-        "data.prepare.emoji",
-        ("font", "annotations", "languages", "skin_tones", "limit"),
-        "data.prepare.source = emoji",
-        _prepare(lambda prepare: prepare.source == "emoji"),
-    ),
-    Condition(
-        "data.prepare",
-        ("augment",),
-        "data.prepare.source = digits",
-        _prepare(lambda prepare: prepare.source == "digits"),
-    ),
 )
 
 

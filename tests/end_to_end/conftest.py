@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.digits import named
 from tests.end_to_end.going_on import CELLS, SUBJECTS, Course
 from tests.end_to_end.running import mmscale
 
@@ -18,9 +19,7 @@ STEPS = 60
 SETTINGS: dict[str, dict[str, Any]] = {
     "run": {"name": "tiny"},
     "vocab": {"modalities": [{"name": "text", "size": 384}, {"name": "image", "size": 128}], "pad_multiple": 64},
-    "data": {
-        "prepare": {"source": "digits", "image": {"size": 8, "channels": 1, "patch": 4, "fit_patches": 2000}},
-    },
+    "data": {"prepare": {"image": {"size": 8, "channels": 1, "patch": 4, "fit_patches": 2000}}},
     "model": {
         "kind": "moma",
         "num_layers": 2,
@@ -41,21 +40,27 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="session")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny(digits_documents: Path) -> dict[str, dict[str, Any]]:
+    """SETTINGS with the documents to prepare."""
+    return {**SETTINGS, "data": {"prepare": {**SETTINGS["data"]["prepare"], **named(digits_documents)}}}
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory, tiny: dict[str, Any]) -> Path:
     """A tiny data set of handwritten digits, made by `mmscale data prepare`."""
     folder = tmp_path_factory.mktemp("digits")
     spec = folder / "spec.yaml"
-    spec.write_text(yaml.safe_dump(SETTINGS))
+    spec.write_text(yaml.safe_dump(tiny))
     ended = mmscale("data", "prepare", spec, "--out", folder / "set", "--json")
     assert ended.status == 0, ended
     return folder / "set"
 
 
 @pytest.fixture(scope="session")
-def config(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Path:
+def config(tmp_path_factory: pytest.TempPathFactory, digits: Path, tiny: dict[str, Any]) -> Path:
     """A configuration that trains on it in milliseconds a step; tests give `run.dir` themselves."""
     file = tmp_path_factory.mktemp("config") / "tiny.yaml"
-    file.write_text(yaml.safe_dump({**SETTINGS, "data": {**SETTINGS["data"], "path": str(digits)}}))
+    file.write_text(yaml.safe_dump({**tiny, "data": {**tiny["data"], "path": str(digits)}}))
     return file
 
 

@@ -13,7 +13,6 @@ import pytest
 import yaml
 
 from mmscale.runs.metrics import read_metrics
-from tests.end_to_end.conftest import SETTINGS
 from tests.end_to_end.running import assert_says, mmscale, ok
 
 STEPS = 6
@@ -21,18 +20,18 @@ EXACT = ("loss", "grad_norm", "loss/text", "loss/image", "tokens", "eval/loss")
 
 
 @pytest.fixture(scope="module")
-def masked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def masked(tmp_path_factory: pytest.TempPathFactory, tiny: dict[str, Any]) -> Path:
     """A configuration with causal masking; its data, `set`, is beside it."""
     root = tmp_path_factory.mktemp("masked")
     file = root / "masked.yaml"
     settings = {
-        **SETTINGS,
+        **tiny,
         "run": {"name": "masked", "dir": str(root / "runs")},
-        "vocab": {**SETTINGS["vocab"], "reserved": True},
-        "model": {**SETTINGS["model"], "kind": "dense", "experts": {}, "depth": None},
-        "data": {**SETTINGS["data"], "path": str(root / "set")},
-        "train": {**SETTINGS["train"], "steps": STEPS, "eval_every": 3},
-        "optim": {**SETTINGS["optim"], "warmup": 0},
+        "vocab": {**tiny["vocab"], "reserved": True},
+        "model": {**tiny["model"], "kind": "dense", "experts": {}, "depth": None},
+        "data": {**tiny["data"], "path": str(root / "set")},
+        "train": {**tiny["train"], "steps": STEPS, "eval_every": 3},
+        "optim": {**tiny["optim"], "warmup": 0},
         "objective": {"cm3_rate": 0.8, "image_spans": "partial"},
         "parallel": {},
         "checkpoint": {"every": 3, "keep": 9, "asynchronous": False},

@@ -121,7 +121,7 @@ def _killed(make: Started) -> None:
 def test_make_quickstart_killed_in_every_part(tmp_path: Path) -> None:
     """`make quickstart`, started four times, killed three times: the numbers of REFERENCE, from the same code."""
     assert REFERENCE is not None
-    for name in ("Makefile", "configs", "constraints.txt", "pyproject.toml", "tests"):
+    for name in ("Makefile", "configs", "constraints.txt", "examples", "pyproject.toml", "tests"):
         (tmp_path / name).symlink_to(ROOT / name)
     data, run = tmp_path / "data" / "digits", tmp_path / "runs" / "quickstart"
     command = ["make", f"VENV={sys.prefix}", "-o", f"{sys.prefix}/.installed", "quickstart"]

@@ -18,7 +18,6 @@ from mmscale.data.prepared.manifest import read_manifest
 from mmscale.data.vocab import EOS
 from mmscale.runs.events import read_events
 from mmscale.runs.metrics import read_metrics
-from tests.end_to_end.conftest import SETTINGS
 from tests.end_to_end.running import assert_says, mmscale, ok
 
 EXAMPLE = Path(__file__).parents[2] / "examples/digits_chat/write_conversations.py"
@@ -27,16 +26,17 @@ EXACT = ("loss", "grad_norm", "loss/text", "loss/image", "tokens")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, tiny: dict[str, Any], digits_documents: Path) -> Path:
     """`chat`, conversations and tasks; `set`, prepared digits; `chat-set`; `tiny.yaml`; `runs/tiny`, a main run."""
     root = tmp_path_factory.mktemp("sft")
-    assert runpy.run_path(str(EXAMPLE))["main"]([str(root / "chat"), "--conversations", "60"]) == 0
+    arguments = [str(digits_documents), str(root / "chat"), "--conversations", "60"]
+    assert runpy.run_path(str(EXAMPLE))["main"](arguments) == 0
     file = root / "tiny.yaml"
     settings = {
-        **SETTINGS,
+        **tiny,
         "run": {"name": "tiny", "dir": str(root / "runs")},
-        "vocab": {**SETTINGS["vocab"], "reserved": True},
-        "data": {**SETTINGS["data"], "path": str(root / "set")},
+        "vocab": {**tiny["vocab"], "reserved": True},
+        "data": {**tiny["data"], "path": str(root / "set")},
         "parallel": {},
         "sft": {"path": str(root / "chat-set"), "steps": STEPS, "eval_every": 3, "optim": {"lr": 1e-3}},
     }

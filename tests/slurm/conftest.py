@@ -14,13 +14,14 @@ import pytest
 import yaml
 
 from slurm.local.cluster import Cluster, missing_programs
+from tests.digits import named
 from tests.slurm.jobs import DEADLINE_S, PROFILE, ROOT, Jobs
 
 STEPS = 60
 SETTINGS: dict[str, Any] = {
     "run": {"name": "tiny"},
     "vocab": {"modalities": [{"name": "text", "size": 384}, {"name": "image", "size": 128}], "pad_multiple": 64},
-    "data": {"prepare": {"source": "digits", "image": {"size": 8, "channels": 1, "patch": 4, "fit_patches": 2000}}},
+    "data": {"prepare": {"image": {"size": 8, "channels": 1, "patch": 4, "fit_patches": 2000}}},
     "model": {
         "kind": "moma",
         "num_layers": 1,
@@ -63,15 +64,16 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="session")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def config(tmp_path_factory: pytest.TempPathFactory, digits_documents: Path) -> Path:
     """A configuration that trains in milliseconds a step on a separate data set."""
     folder = tmp_path_factory.mktemp("data")
     file = folder / "tiny.yaml"
-    file.write_text(yaml.safe_dump(SETTINGS))
+    data = {"prepare": {**SETTINGS["data"]["prepare"], **named(digits_documents)}}
+    file.write_text(yaml.safe_dump({**SETTINGS, "data": data}))
     command = [sys.executable, "-m", "mmscale", "data", "prepare", str(file), "--out", str(folder / "set"), "--json"]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr
-    file.write_text(yaml.safe_dump({**SETTINGS, "data": {**SETTINGS["data"], "path": str(folder / "set")}}))
+    file.write_text(yaml.safe_dump({**SETTINGS, "data": {**data, "path": str(folder / "set")}}))
     return file
 
 

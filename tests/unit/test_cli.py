@@ -318,7 +318,7 @@ def test_data_prepare_and_inspect(run: Run, tmp_path: Path) -> None:
 
 def test_settings_may_stand_where_the_spec_would(run: Run) -> None:
     status, _, err = run(
-        "data", "prepare", "data.prepare.source=digits", "data.prepare.image.kind=levels", "--out", "set"
+        "data", "prepare", "data.prepare.source=megatron", "data.prepare.image.kind=levels", "--out", "set"
     )
     assert status == 2
     assert "vocab.modalities" in err

@@ -90,7 +90,7 @@ def digits(folder: Path) -> None:
     """Of the quickstart's vocabulary, without its pictures."""
     corpus(folder)
     command = ["data", "prepare", "configs/quickstart.yaml", "data.prepare.image.kind=levels", "--out", "data/digits"]
-    assert main([*command, "--documents", "corpus/*.jsonl", "--json"]) == 0
+    assert main([*command, "data.prepare.tasks={}", "--documents", "corpus/*.jsonl", "--json"]) == 0
 
 
 def weighed(folder: Path) -> None:
@@ -100,6 +100,7 @@ def weighed(folder: Path) -> None:
     second.write_text(second.read_text().replace("bus", "tram"))
     for name, part in (("corpus", 0), ("benchmark", 1)):
         command = ["data", "prepare", "configs/quickstart.yaml", "data.prepare.image.kind=levels", "--json"]
+        command.append("data.prepare.tasks={}")
         assert main([*command, "--out", f"data/{name}", "--documents", f"corpus/part-{part}.jsonl"]) == 0
     assert main(["data", "score", "data/corpus", "--by", "rules", "--json"]) == 0
 
@@ -133,7 +134,7 @@ RUN: dict[str, tuple[Callable[[Path], None] | None, tuple[str, ...], tuple[str, 
     "plan": (None, (), ()),
     "baselines": (None, ("baselines/quickstart_dense.yaml", "baselines/quickstart_mod_4t4i.yaml"), ()),
     "launch": (digits, (), ()),
-    "init": (None, ("digits/README.md", "digits/configs/quickstart.yaml"), ()),
+    "init": (None, ("digits/README.md", "digits/configs/quickstart.yaml", "digits/write_documents.py"), ()),
     "data prepare": (corpus, ("data/corpus/manifest.json",), ()),
     "data inspect": (digits, (), ()),
     "data verify": (digits, (), ()),

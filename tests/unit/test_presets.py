@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,23 @@ from mmscale.config.load import load
 from mmscale.presets import FOLDER, PRESETS, copy
 
 ROOT = Path(__file__).resolve().parents[2]
+# Runs the program that follows as `python` does, in a process that cannot import mmscale.
+HIDDEN = (
+    "import runpy, sys; sys.modules['mmscale'] = None; del sys.argv[0]; runpy.run_path(sys.argv[0], None, '__main__')"
+)
+
+
+@pytest.mark.parametrize("preset", ["quickstart", "slurm"])
+def test_its_program_writes_what_its_configuration_names(preset: str, tmp_path: Path) -> None:
+    """With a Python that has no mmscale: the program is an example of a user's own."""
+    copy(preset, tmp_path)
+    (command,) = re.findall(r"^ *(python .+)$", (tmp_path / "README.md").read_text(), re.MULTILINE)
+    program = [sys.executable, "-c", HIDDEN, *command.split()[1:], "--copies", "0"]
+    subprocess.run(program, cwd=tmp_path, check=True, capture_output=True, timeout=300)
+    settings = load(tmp_path / "configs/quickstart.yaml").data.prepare
+    assert settings is not None
+    named = [*settings.documents, *settings.tasks.values()]
+    assert len(named) == 2 and all((tmp_path / name).stat().st_size > 0 for name in named)
 
 
 def commands(readme: str) -> list[list[str]]:
@@ -52,10 +71,17 @@ def test_settings_and_commands(preset: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("preset", ["quickstart", "slurm"])
-def test_the_quickstart_is_that_of_the_checkout(preset: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("file", "original"),
+    [
+        ("configs/quickstart.yaml", "configs/quickstart.yaml"),
+        ("write_documents.py", "examples/digits/write_documents.py"),
+    ],
+)
+def test_the_quickstart_is_that_of_the_checkout(preset: str, file: str, original: str, tmp_path: Path) -> None:
     """The presets hold copies: not every way of copying a repository keeps symbolic links. Change both files."""
     copy(preset, tmp_path)
-    assert (tmp_path / "configs/quickstart.yaml").read_text() == (ROOT / "configs/quickstart.yaml").read_text()
+    assert (tmp_path / file).read_text() == (ROOT / original).read_text()
     assert not [file for file in FOLDER.rglob("*") if file.is_symlink()]
 
 

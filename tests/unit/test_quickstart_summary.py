@@ -18,8 +18,9 @@ def test_targets(
     read: float | str, drawn: float, missed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "evaluation.json").write_text(json.dumps({"run": "r/hf", "routing": "causal", "accuracy/digit": read}))
+    (tmp_path / "drawings.json").write_text(json.dumps({"sheet": "r/samples.png"}))
     found = {"asked": 200, "share": drawn, "ceiling": 0.99}
-    (tmp_path / "drawings.json").write_text(json.dumps({"sheet": "r/samples.png", "recognition": found}))
+    (tmp_path / "recognition.json").write_text(json.dumps(found))
     assert quickstart_summary.main(tmp_path, strict=False) == 0
     assert quickstart_summary.main(tmp_path, strict=True) == int(missed > 0)
     said = capsys.readouterr().out.split("pictures:")[0]

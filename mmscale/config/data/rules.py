@@ -10,7 +10,6 @@ from mmscale.config.problem import Problem, Rule
 from mmscale.config.schema import Config
 
 _LEVELS = (2, 256)
-_MAX_SHIFTS = 8
 _ImageRule = Callable[[ImageTokenizerConfig, int | None], Iterator[Problem]]
 
 _OF_FILES = ("documents", "megatron")  # values of data.prepare.source that read data.prepare.documents
@@ -48,19 +47,12 @@ def _data(config: Config) -> Iterator[Problem]:
     if reads and not prepare.documents:
         yield Problem(
             f"data.prepare.documents is empty, but data.prepare.source = {prepare.source}",
-            "name the files, or use source: digits",
+            "name the files",
         )
     if not reads and prepare.documents:
         yield Problem(
             f"data.prepare.documents is set, but data.prepare.source = {prepare.source} reads no documents",
             "remove one of them",
-        )
-    if prepare.source == "emoji" and not prepare.emoji.languages:
-        yield Problem("data.prepare.emoji.languages is empty", "name at least one, e.g. [en]")
-    if prepare.augment > _MAX_SHIFTS:
-        yield Problem(
-            f"data.prepare.augment = {prepare.augment}: there are {_MAX_SHIFTS} shifts by one pixel",
-            f"use at most {_MAX_SHIFTS}",
         )
     if prepare.held_out >= 1.0:
         yield Problem("data.prepare.held_out = 1 leaves nothing to train on", "use a value below 1")

@@ -10,6 +10,8 @@ from mmscale.config.section import Byte, Count, Index, Name, OneOf, Positive, Ra
 from mmscale.tables.settings import DATA_ORDERS, IMAGE_FITS, IMAGE_TOKENIZERS, READERS, TEXT_TOKENIZERS
 
 MOST_NEIGHBOURS = 8  # of one document
+# Keys of data.prepare in settings of older versions, for the sources digits and emoji alone. They are dropped.
+FORMER_PREPARE = ("augment", "emoji")
 
 
 class TextTokenizerConfig(Section):
@@ -78,22 +80,6 @@ class ImageTokenizerConfig(Section):
         return given | {"kind": "vq", "path": kind.removeprefix("hf:")}
 
 
-class EmojiConfig(Section):
-    """Files with the pictures and names of emoji (`data.prepare.source: emoji`)."""
-
-    font: str = setting(
-        "Colour font that the pictures are drawn with; Debian: fonts-noto-color-emoji.",
-        "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf",
-    )
-    annotations: str = setting(
-        "Folder with annotations/ and annotationsDerived/ of the Unicode CLDR; Debian: unicode-cldr-core.",
-        "/usr/share/unicode/cldr/common",
-    )
-    languages: tuple[str, ...] = setting("Languages of the names: file names of the CLDR.", ("en",))
-    skin_tones: bool = setting("Include the variants of an emoji in five skin tones.", True)
-    limit: Index = setting("Largest number of emoji, chosen by a hash; 0: all.", 0, unit="emoji")
-
-
 class CanariesConfig(Section):
     """Training documents of random characters, to measure memorisation (`data.prepare.canaries`)."""
 
@@ -106,10 +92,10 @@ class CanariesConfig(Section):
 class PrepareConfig(Section):
     """How documents become token ids (`mmscale data prepare`)."""
 
-    source: Literal["digits", "emoji", "documents", "megatron"] = setting(
-        "digits: the built-in set of scikit-learn's handwritten digits; emoji: pictures of a font and their names in "
-        "the Unicode CLDR; documents: files named below; megatron: .idx files of Megatron corpora, named below, whose "
-        ".bin files are linked and not copied.",
+    source: Literal["documents", "megatron", "digits", "emoji"] = setting(
+        "documents: files named below; megatron: .idx files of Megatron corpora, named below, whose .bin files are "
+        "linked and not copied. digits and emoji are in the settings of older runs and data sets, which can be used "
+        "as before; `mmscale data prepare` names the program that writes their documents now.",
         "documents",
     )
     documents: tuple[str, ...] = setting(
@@ -155,7 +141,6 @@ class PrepareConfig(Section):
         "`load`, the folder of a fitted tokenizer to use.",
         {},
     )
-    emoji: EmojiConfig = setting("Settings of the source emoji.", EmojiConfig())
     tasks: dict[Name, str] = setting(
         "Files of questions, by name of the task. A question is a document with choices and the index of the right "
         "one, or with an answer that the model must write exactly (JSONL). `mmscale eval` asks them.",
@@ -168,11 +153,8 @@ class PrepareConfig(Section):
     )
     held_out: Share = setting(
         "Share of the documents that is held out for validation, chosen by a hash of the `group`, or of the `id` if "
-        "there is no group. Documents with a `split` keep it. emoji: share of the base emoji.",
+        "there is no group. Documents with a `split` keep it.",
         0.01,
-    )
-    augment: Index = setting(
-        "digits: shifted copies of each training image (0..8), one pixel in each direction.", 0, unit="copies"
     )
     max_document_tokens: Count = setting("Longer documents are rejected; an image is never cut.", 4096, unit="tokens")
     part_documents: Count = setting(
@@ -180,6 +162,13 @@ class PrepareConfig(Section):
     )
     workers: Count = setting("Number of processes.", 2, unit="processes")
     strict: bool = setting("Stop at the first bad document instead of listing it in rejected.jsonl.", False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_former(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        return {key: value for key, value in given.items() if key not in FORMER_PREPARE}
 
 
 class DataSource(Section):

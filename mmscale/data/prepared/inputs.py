@@ -10,8 +10,6 @@ from typing import Any
 from mmscale.config import ImageTokenizerConfig, PrepareConfig
 from mmscale.config.plugins import use_of
 from mmscale.data import digests
-from mmscale.data.built_in.digits import digit_slices
-from mmscale.data.built_in.emoji import emoji_slices
 from mmscale.data.documents.plugin_reader import scan_with
 from mmscale.data.documents.readers import list_files, list_local, scan_files
 from mmscale.data.documents.schema import DocumentSlice
@@ -26,11 +24,7 @@ _ENCODING = 1  # increase it when the same documents would get other ids
 def slices_of(settings: PrepareConfig) -> list[list[DocumentSlice]]:
     """The input, cut into parts; small files share a part."""
     slices: Sequence[DocumentSlice]
-    if settings.source == "digits":
-        slices = digit_slices(augment=settings.augment, slice_records=settings.part_documents)
-    elif settings.source == "emoji":
-        slices = emoji_slices(settings.emoji, held_out=settings.held_out, slice_records=settings.part_documents)
-    elif (use := use_of(settings, "reader", key="data.prepare.reader")) is not None:
+    if (use := use_of(settings, "reader", key="data.prepare.reader")) is not None:
         slices = scan_with(
             use, list_local(settings.documents), slice_records=settings.part_documents, ignore=settings.ignore
         )
@@ -74,7 +68,8 @@ def source_of(settings: PrepareConfig, vocabulary: Vocabulary, documents: str) -
         if not fixed[section]["kind_args"]:
             del fixed[section]["kind_args"]
     fixed["image"]["path"] = digests.of_path(settings.image.path, "data.prepare.image.path")
-    del fixed["emoji"]  # already part of the slices' identities
+    # A setting of older versions in its place, so that records and digests of their data sets stay valid.
+    fixed |= {"augment": 0} | {key: fixed.pop(key) for key in ("max_document_tokens", "part_documents")}
     _leave_out_defaults(fixed["image"])
     questions = settings.tasks.items()
     fixed["tasks"] = {name: digests.of_path(file, f"data.prepare.tasks.{name}") for name, file in questions}

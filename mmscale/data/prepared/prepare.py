@@ -15,10 +15,6 @@ from typing import Any
 from mmscale.config import Config, PrepareConfig
 from mmscale.config.plugins import uses
 from mmscale.data import digests
-from mmscale.data.built_in.digits import TASK as DIGIT_TASK
-from mmscale.data.built_in.digits import digit_task
-from mmscale.data.built_in.emoji import TASK as EMOJI_TASK
-from mmscale.data.built_in.emoji import emoji_task
 from mmscale.data.documents.readers import list_local
 from mmscale.data.documents.schema import DocumentSlice
 from mmscale.data.modalities.fit import check_settings, item_tokenizers, text_tokenizer
@@ -69,6 +65,13 @@ from mmscale.data.vocab import IMAGE, Vocabulary
 from mmscale.errors import ConfigError, DataError
 from mmscale.runtime.atomic_files import write_atomic
 from mmscale.tables import plugins
+
+# Values of data.prepare.source that older versions prepared: the program that writes the documents now, and a
+# configuration that names them.
+_FORMER = {
+    "digits": ("examples/digits/write_documents.py", "configs/quickstart.yaml"),
+    "emoji": ("examples/emoji/write_documents.py", "configs/emoji.yaml"),
+}
 
 
 def prepare(
@@ -172,7 +175,14 @@ def _begun(config: Config, out: Path, *, overwrite: bool, progress: bool) -> tup
     """Checked settings, the vocabulary, and the reporter of progress."""
     settings = config.data.prepare
     if settings is None:
-        raise ConfigError("data.prepare is not set", remedy="say what to prepare: data.prepare.source=digits")
+        raise ConfigError("data.prepare is not set", remedy="name what to prepare: --documents FILE.jsonl")
+    if settings.source in _FORMER:
+        program, example = _FORMER[settings.source]
+        raise ConfigError(
+            f"data.prepare.source = {settings.source}: this data set is not part of the package any more",
+            remedy=f"run {program} of the repository, and name the files that it writes in data.prepare.documents and "
+            f"data.prepare.tasks, as {example} does",
+        )
     reporter = Reporter(enabled=progress)
     vocabulary = Vocabulary.from_config(config.vocab)
     check_settings(settings, vocabulary)
@@ -343,16 +353,9 @@ def _fields_of(vocabulary: Vocabulary) -> dict[str, Any]:
 
 
 def _questions(settings: PrepareConfig, setup: WorkSetup) -> Iterator[tuple[str, list[tasks.TaskItem]]]:
-    """Tasks of the built-in data sets, and those of the files that the settings name."""
+    """Tasks of the files that the settings name."""
     for name, file in settings.tasks.items():
         yield name, read_questions(Path(file), setup.encoder())
-    if settings.source == "digits":
-        yield DIGIT_TASK, digit_task(setup.encoder())
-    if settings.source == "emoji":
-        encoder = setup.encoder()
-        items = emoji_task(settings.emoji, settings.held_out, encoder) if IMAGE in encoder.codecs else []
-        if items:
-            yield EMOJI_TASK, items
 
 
 def _salvaged(settings: PrepareConfig) -> tuple[str, ...]:

@@ -25,7 +25,6 @@ BASE: dict[str, Any] = {
     "data": {"prepare": {"source": "documents", "documents": ["a.jsonl"]}},
 }
 DENSE = {"model__kind": "dense", "model__experts__counts": {}}
-DIGITS = {"data__prepare__source": "digits", "data__prepare__documents": []}
 # For each setting: a value that is not its default, what makes it useless, what makes it count.
 ROWS: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     **{
@@ -104,14 +103,6 @@ ROWS: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "data.prepare.image.path": ("x", {"data__prepare__image__kind": "levels", "data__prepare__image__size": 4}, {}),
     "data.prepare.image.kind_args": ({"a": 1}, {}, {"data__prepare__image__kind": "package.module:Codes"}),
     "data.prepare.text.kind_args": ({"a": 1}, {}, {"data__prepare__text__kind": "package.module:Words"}),
-    "data.prepare.emoji.font": ("x", {}, {"data__prepare__source": "emoji", "data__prepare__documents": []}),
-    "data.prepare.emoji.annotations": ("x", {}, {"data__prepare__source": "emoji", "data__prepare__documents": []}),
-    "data.prepare.emoji.languages": (("de",), DIGITS, {
-        "data__prepare__source": "emoji", "data__prepare__documents": []
-    }),
-    "data.prepare.emoji.skin_tones": (False, {}, {"data__prepare__source": "emoji", "data__prepare__documents": []}),
-    "data.prepare.emoji.limit": (5, {}, {"data__prepare__source": "emoji", "data__prepare__documents": []}),
-    "data.prepare.augment": (2, {}, DIGITS),
 }  # fmt: skip
 TABLE = {f"{need.section}.{key}": need for need in NEEDS for key in need.keys}
 
@@ -134,7 +125,7 @@ def test_a_setting_without_effect_is_named(key: str) -> None:
 
 
 def test_defaults_are_never_named() -> None:
-    for changes in ({}, DENSE, DIGITS, {"optim__schedule": "constant"}, {"model__auxiliary__mode": "joint"}):
+    for changes in ({}, DENSE, {"optim__schedule": "constant"}, {"model__auxiliary__mode": "joint"}):
         assert unused(changed(BASE, changes)) == []
 
 

@@ -24,7 +24,7 @@ FILE = ROOT / "docs" / "measurements" / "eta.json"
 SETTINGS = {
     "width 96": (),
     "width 32": (
-        *("data.path=data/digits8", "data.prepare.augment=8", "model.hidden_size=32", "model.ffn_hidden_size=84"),
+        *("data.path=data/digits8", "model.hidden_size=32", "model.ffn_hidden_size=84"),
         *("train.micro_batch_size=16", "train.global_batch_size=16", "train.eval_every=40", "train.eval_batches=5"),
         "optim.lr=4e-3",
     ),

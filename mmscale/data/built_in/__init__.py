@@ -1,1 +1,0 @@
-"""Data sets that can be prepared without files of the user."""

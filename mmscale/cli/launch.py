@@ -265,7 +265,8 @@ def _table(found: list[dict[str, Any]]) -> None:
     from rich.text import Text
 
     from mmscale.runs.display_names import TIME_PARTS
-    from mmscale.train.log.progress_lines import count, duration
+    from mmscale.train.log.progress_lines import count
+    from mmscale.wording import duration
 
     table = Table(box=None, pad_edge=False)
     columns = (

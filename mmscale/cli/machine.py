@@ -242,13 +242,14 @@ def _machine(asked: _Asked) -> Machine:
     """The devices that were named, otherwise this machine's CPU."""
     from mmscale.plan.measured import figures_of
     from mmscale.plan.sizing_inputs import Machine
+    from mmscale.wording import numbered
 
     if asked.gpu is not None or asked.gpus is not None or asked.gpu_memory is not None:
         return Machine.of_gpus(figures_of(asked.gpu or DEFAULT), asked.gpus or 1, memory=asked.gpu_memory)
     from mmscale.runtime import cpu_speed
 
     cores = cpu_speed.cores()
-    return Machine(f"this machine, {cores} cores", "cpu", min(8, cores), cpu_speed.flops_of_a_core())
+    return Machine(f"this machine, {numbered(cores, 'core')}", "cpu", min(8, cores), cpu_speed.flops_of_a_core())
 
 
 def _proposal(result: dict[str, Any], lines: list[str], out: Path | None) -> None:
@@ -256,13 +257,14 @@ def _proposal(result: dict[str, Any], lines: list[str], out: Path | None) -> Non
     from rich.text import Text
 
     from mmscale.plan.render import short
+    from mmscale.wording import duration, numbered
 
     shown = console()
     others = "".join(f", {number:,} of {name}" for name, number in result["items"].items())
     shown.print(
-        f"{result['documents']:,} documents with {result['images']:,} pictures{others}, on {result['machine']}: about "
-        f"{short(result['tokens_per_second'])} tokens/s, {result['seconds'] / 60:,.0f} minutes, "
-        f"{result['passes']:.1f} passes over the data",
+        f"{numbered(result['documents'], 'document')} with {numbered(result['images'], 'picture')}{others}, on "
+        f"{result['machine']}: about {short(result['tokens_per_second'])} tokens/s, {duration(result['seconds'])} of "
+        f"training, {result['passes']:.1f} passes over the data",
         markup=False,
     )
     if result["rejected"]:

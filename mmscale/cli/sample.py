@@ -21,7 +21,6 @@ from mmscale.cli.sample_options import (
     UNCONDITIONAL,
     HoleOptions,
     best_of_options,
-    counted,
     holes_of,
     item_of,
     prompt_options,
@@ -32,6 +31,7 @@ from mmscale.cli.sampled import GeneratedItem, GeneratedSample, show, written
 from mmscale.errors import UsageError
 from mmscale.runtime.activity import report_activity
 from mmscale.tables.routings import Routing, meanings
+from mmscale.wording import numbered
 
 if TYPE_CHECKING:
     from mmscale.inference.generate import Sampling
@@ -233,7 +233,7 @@ def sample(
             max_tokens=max_tokens,
             seed=seed,
         )
-        update(f"{'filling' if holes else 'continuing'} {counted(texts)} {count * best_of} times")
+        update(f"{'filling' if holes else 'continuing'} {numbered(len(texts), 'prompt')} {count * best_of} times")
         if opened is None:
             refuse_with_batch_routing(path, needs_causal)
             facts, drawn = _with_batch_routing(path, step, texts, begin, count, chosen, shared)

@@ -34,11 +34,6 @@ def texts_of(prompt: list[str] | None, infill: list[str] | None) -> list[str]:
     return [*(prompt or ()), *(infill or ())]
 
 
-def counted(texts: list[str]) -> str:
-    """`1 prompt`, `2 prompts`."""
-    return f"{len(texts)} {'prompt' if len(texts) == 1 else 'prompts'}"
-
-
 @dataclass(frozen=True)
 class HoleOptions:
     """Holes are filled; `mask` is one in the picture of each document: x, y, width and height in tokens."""

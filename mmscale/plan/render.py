@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mmscale.wording import duration, numbered
+
 _UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 _LAYOUT_ROWS = 8
 _REJECTED_ROWS = 5
@@ -142,14 +144,16 @@ def _duration(summary: dict[str, Any]) -> str:
     if found is None:
         return ""
     hours = found["gpu_hours"] / summary["gpus"]
-    time = f"{found['days']:.3g} days" if hours >= 48 else f"{hours:.3g} hours"
+    time = (
+        f"{found['days']:.3g} days" if hours >= 48 else f"{hours:.3g} hours" if hours >= 2 else duration(3600 * hours)
+    )
     return f", {time} on {summary['gpus']:,} x {summary['gpu']} = {short(found['gpu_hours'])} GPU-hours"
 
 
 def _layouts(summary: dict[str, Any], *, wide: bool) -> list[Table]:
     """The table of layouts. Reasons are in the last column, or in a separate list if lines are short."""
     memory = summary["gpu_memory_gib"]
-    title = f"layouts on {summary['gpus']} ranks" + (f" of {memory:g} GiB" if memory is not None else "")
+    title = f"layouts on {numbered(summary['gpus'], 'rank')}" + (f" of {memory:g} GiB" if memory is not None else "")
     table = Table(title=title, title_justify="left", title_style="bold", box=HEAVY_HEAD if wide else None)
     why = _pairs("why")
     entries = summary["layouts"]
@@ -246,7 +250,8 @@ def _rejected(rejected: list[dict[str, Any]]) -> Table:
 
 
 def _cluster(load: dict[str, Any]) -> Table:
-    table = _pairs(f"asked of file system and scheduler by {load['ranks']:,} ranks on {load['nodes']:,} nodes")
+    place = f"{numbered(load['ranks'], 'rank')} on {numbered(load['nodes'], 'node')}"
+    table = _pairs(f"asked of file system and scheduler by {place}")
     table.add_row(
         "checkpoint",
         f"{load['checkpoint_files']:,} files, {short(load['checkpoint_bytes'])}B, the largest "

@@ -12,6 +12,7 @@ from mmscale.data.prepared.selection import read_selection
 from mmscale.data.stream.mixture import Mixture
 from mmscale.data.stream.source import Source
 from mmscale.train.log.progress_lines import count
+from mmscale.wording import numbered
 
 _PARTS = 16  # of the steps of an attempt, between which passes are read off a straight line
 
@@ -43,7 +44,7 @@ def exposure(
     ratio = f", {_rounded(tokens / total)} per parameter" if total else ""
     if active and active != total:
         ratio += f" ({_rounded(tokens / active)} per active one)"
-    return f"{steps:,} {'step' if steps == 1 else 'steps'} = {shown}; {count(tokens)} tokens{ratio}"
+    return f"{numbered(steps, 'step')} = {shown}; {count(tokens)} tokens{ratio}"
 
 
 def planned_sources(config: Config, data: Mixture, *, step: int, sequences: int) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ from mmscale.config import Config
 from mmscale.config.derived import data_parallel_size, mean_shares, micro_batches_per_step, tokens_per_step
 from mmscale.runs.unrouted import note, unrouted
 from mmscale.runtime.activity import ActivityReporter
+from mmscale.wording import duration, numbered
 
 _BAR = 20  # characters
 
@@ -154,20 +155,6 @@ def count(number: float) -> str:
     return f"{number:.3g}" if number != int(number) else str(int(number))
 
 
-def duration(seconds: float) -> str:
-    """Seconds in short form: 8s, 3m10s, 5h02m, 2d03h."""
-    if not math.isfinite(seconds):
-        return "?"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    if whole < 86_400:
-        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
-    return f"{whole // 86_400}d{whole % 86_400 // 3600:02d}h"
-
-
 def banner(
     config: Config,
     *,
@@ -201,10 +188,10 @@ def banner(
     rows.append(("model", f"{model.kind}, {model.num_layers} layers x {model.hidden_size}{_experts(config)}"))
     if plan is not None:
         rows.append(("parameters", _parameters(plan.get("parameters", {}))))
-    ranks = "1 rank" if world_size == 1 else f"{world_size} ranks"
+    ranks = numbered(world_size, "rank")
     rows.append(("layout", f"{ranks}: {', '.join(sizes)}, {_format(config)}, on {device}"))
     batch = f"{count(tokens_per_step(config))} tokens = {train.global_batch_size} sequences x {model.seq_length}"
-    portions = f"{_plural(micro_batches, 'micro-batch', 'micro-batches')} of {train.micro_batch_size} per replica"
+    portions = f"{numbered(micro_batches, 'micro-batch', 'micro-batches')} of {train.micro_batch_size} per replica"
     rows.append(("step", f"{batch}; {portions}"))
     if share:
         rows.append(("data", ", ".join(f"{name} {value:.1%}" for name, value in share.items())))
@@ -254,7 +241,3 @@ def _parameters(parameters: Mapping[str, Any]) -> str:
     parts = [f"{count(parameters[name])} {name}" for name in ("total", "active") if name in parameters]
     by_modality = parameters.get("per_modality") or {}
     return ", ".join(parts + [f"{count(number)} for {name} alone" for name, number in by_modality.items()])
-
-
-def _plural(number: int, one: str, many: str) -> str:
-    return f"{number} {one if number == 1 else many}"

@@ -15,6 +15,7 @@ from mmscale.config import Config
 from mmscale.runs.breaks import break_of
 from mmscale.runs.done import describe_done
 from mmscale.train.stage_state import HeldOutTrend
+from mmscale.wording import numbered
 
 LOSS = "eval/loss"  # followed in every run
 RISING = 3  # the user is warned after so many evaluations in a row with a higher value than the one before
@@ -136,8 +137,8 @@ class Watch:
 
     def _why(self, trend: HeldOutTrend) -> str:
         assert self.stop_when is not None
-        number = "1 evaluation" if trend.since == 1 else f"{trend.since} evaluations"
-        return f"{self.stop_when.metric} was lowest at step {trend.best_step} ({trend.best:.4f}), {number} ago"
+        since = numbered(trend.since, "evaluation")
+        return f"{self.stop_when.metric} was lowest at step {trend.best_step} ({trend.best:.4f}), {since} ago"
 
     def _note_rising(self, step: int) -> None:
         trend = self.state.watched.get(LOSS)

@@ -12,7 +12,8 @@ from rich.console import Console
 from mmscale.config import Config
 from mmscale.config.load import resolve
 from mmscale.plan import plan
-from mmscale.train.log.progress_lines import Progress, banner, count, duration, line, source_shares
+from mmscale.train.log.progress_lines import Progress, banner, count, line, source_shares
+from mmscale.wording import duration
 
 VALUES = {"loss": 2.34567, "loss/text": 2.0, "loss/image": 3.0, "grad_norm": 0.8125, "lr": 1e-4}
 SPEED = {"tokens_per_second": 12_345.6, "step_time_s": 2.0, "mfu": 0.413}

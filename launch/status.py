@@ -373,7 +373,10 @@ def _why(events: list[dict[str, Any]]) -> str:
 
 
 def _restarts(events: list[dict[str, Any]]) -> int:
-    return max(0, sum(event["event"] == "launch" for event in events) - 1)
+    """How often the run started again by itself: after a requeue or a crash, or in another job of the same launch."""
+    starts = [event.get("launch") for event in events if event["event"] == "launch"]
+    by_hand = {launch for launch in starts if launch is not None}  # restarts in place name none
+    return len(starts) - max(len(by_hand), min(1, len(starts)))
 
 
 def _crashes(folder: Path | None) -> int:

@@ -182,7 +182,7 @@ def _evaluation(result: dict[str, Any]) -> None:
     for key, value in result.get("gap", {}).items():
         table.add_row(f"gap in {key}", f"{value:+.4f}", f"{result['routing']} - batch")
     shown = console()
-    apart = ("routing", "sees_later_tokens")
+    apart = ("routing", "sees_later_tokens", "eval_batches")
     plain = {key: value for key, value in result.items() if isinstance(value, str | int) and key not in apart}
     pairs((in_words(key), value) for key, value in plain.items())
     shown.print(table)
@@ -194,14 +194,23 @@ def _evaluation(result: dict[str, Any]) -> None:
     if result.get("routers"):
         shown.print("auxiliary routers compared with the choices of batch routing:")
         shown.print(_routers(result["routers"]))
-    read, training = result.get("batches"), result.get("batches_in_training")
-    if read != training:
-        shown.print(
-            f"{read} batches were read; evaluations in training read the first {training} (train.eval_batches): "
-            f"--batches {training} gives their numbers"
-        )
+    if note := _other_extents(result):
+        shown.print(note, markup=False)
     if result.get("sees_later_tokens") or "batch" in result:
         shown.print("routing batch: experts choose among all tokens of the batch, so these numbers use the future.")
+
+
+def _other_extents(result: dict[str, Any]) -> str:
+    """How to get the numbers of training if it reads other parts of the sets; empty if it reads the same."""
+    from mmscale.wording import numbered
+
+    found = [
+        f"{name}: {numbered(read, 'batch', 'batches')} read here, the first {trained:,} in training"
+        for name, one in result.get("extents", {}).items()
+        if (read := one["batches"]) != (trained := one["batches_in_training"])
+    ]
+    setting = result.get("eval_batches")
+    return f"{'; '.join(found)} (train.eval_batches): --batches {setting} gives its numbers" if found else ""
 
 
 def _shown(key: str) -> str:

@@ -149,16 +149,18 @@ def measured(
         `accuracy/<task>`; `tasks` (for each the numbers of correct and all answers, the 95 % interval of the accuracy,
         the accuracy of guessing, the file or data set of its questions, and data sets whose task of that name is not
         used); `task/<key>` of each plug-in; for a blend `source/<name>/...`; for each set of `data.validation`
-        `validation/<name>/...`; `batches`, `batches_available` and `batches_in_training` of the first of these sets.
+        `validation/<name>/...`; `batches`, `batches_available` and `batches_in_training` of the first of these sets;
+        `extents`, the same for each of them by its name in words; `eval_batches`, the setting.
 
     Raises:
         DataError: the data is missing or damaged, or there is none to evaluate on.
     """
     vocabulary = Vocabulary.from_config(config.vocab)
     result: dict[str, Any] = {}
-    for prefix, data in passes_of(config).items():  # the blend first
-        if not result:
-            result |= _extents(config, data, batches=scorer.batches)
+    passes = passes_of(config)  # the blend first
+    extents = {_set_in_words(prefix): _extent(config, data, batches=scorer.batches) for prefix, data in passes.items()}
+    result |= next(iter(extents.values())) | {"eval_batches": config.train.eval_batches, "extents": extents}
+    for prefix, data in passes.items():
         losses = scorer.losses(data)
         losses |= bits_per_byte(losses, data, text=vocabulary.names[0])
         result |= {f"{prefix}{key}": value for key, value in (losses | _perplexities(losses)).items()}
@@ -189,7 +191,12 @@ def _asked(scorer: Scorer, items: Sequence[TaskItem], *, place: Path, others: Se
     return score(items, answers=scorer.answers).as_dict() | {"from": str(place), "not_asked": [*map(str, others)]}
 
 
-def _extents(config: Config, data: Mixture, *, batches: int | None) -> dict[str, float]:
+def _set_in_words(prefix: str) -> str:
+    """`held-out`, `source web`, `validation web`, as in the lines of training."""
+    return prefix.rstrip("/").replace("/", " ", 1) or "held-out"
+
+
+def _extent(config: Config, data: Mixture, *, batches: int | None) -> dict[str, int]:
     """Global batches that are read, that exist, and that training's evaluations read."""
     here, there = (extent_of(config, data, batches=number) for number in (batches, config.train.eval_batches))
     return {"batches": here.batches, "batches_available": here.available, "batches_in_training": there.batches}

@@ -24,6 +24,7 @@ from mmscale.runtime import device
 from mmscale.tables.routings import Routing
 from mmscale.train.steps.batch import part_of, to_device, with_conditions
 from mmscale.train.steps.step import Steps, mean_losses, reduce_sums
+from mmscale.wording import numbered
 
 
 class CutShortError(Exception):
@@ -69,7 +70,8 @@ def partly_read(extents: Mapping[str, str], *, batches: int) -> list[str]:
     if not any(extents.values()):
         return []
     return [
-        f"evaluations read the first {batches} batches (train.eval_batches); `mmscale eval` reads all of them, and "
+        f"evaluations read the first {numbered(batches, 'batch', 'batches')} of a set (train.eval_batches); `mmscale "
+        "eval` reads all of them, and "
         f"gives the same numbers with --batches {batches}"
     ]
 

@@ -21,6 +21,8 @@ from mmscale.report.charts import modalities_of
 from mmscale.report.history import History
 from mmscale.report.timeline import Event, Timeline
 from mmscale.runs.attempts import attempts_with_settings, settings_file
+from mmscale.runs.display_names import EVENTS as EVENT_WORDS
+from mmscale.runs.display_names import in_words
 from mmscale.runs.events import ROUTINE
 from mmscale.runs.held_out import ACCURACY, EVAL, HeldOut
 from mmscale.runs.metrics import METRICS
@@ -28,6 +30,7 @@ from mmscale.runs.unrouted import note as unrouted_note
 from mmscale.runs.unrouted import unrouted
 from mmscale.train.stages.origin import folder_of
 from mmscale.train.stages.stage_report import report_of
+from mmscale.wording import numbered
 
 _DIFF_UP_TO = 20_000  # longest diff of uncommitted changes on a page [characters]
 
@@ -78,7 +81,7 @@ def results(
     attempts = history.measured("attempt")[1]
     facts["attempts"] = str(max([*numbers, int(attempts.max()) if len(attempts) else 1]))
     unusual = Counter(str(event.get("event")) for event in events if event.get("event") not in ROUTINE)
-    return facts | {name: str(number) for name, number in sorted(unusual.items())}
+    return facts | {EVENT_WORDS.get(name, in_words(name)): f"{number:,}" for name, number in sorted(unusual.items())}
 
 
 def _best(history: History, *, since: int) -> dict[str, str]:
@@ -179,7 +182,7 @@ def notes(
             what = "is empty" if (runs[name] / METRICS).is_file() else "is missing"
             found.append(f"{name}: {METRICS} {what}, so there are no curves; the run may not have logged a step yet.")
         if history.torn:
-            lines = "1 line" if history.torn == 1 else f"{history.torn:,} lines"
+            lines = numbered(history.torn, "line")
             found.append(f"{name}: {lines} of {METRICS} could not be read and are left out (a writer was killed).")
         broken = {key: int(np.isinf(column).sum()) for key, column in history.columns.items()}
         broken = {key: number for key, number in broken.items() if number}

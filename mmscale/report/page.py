@@ -32,6 +32,7 @@ from mmscale.report.timeline import Goodput, Timeline, timeline_of
 from mmscale.runs.display_names import TIME_PARTS
 from mmscale.runs.events import BEGINS, read_events
 from mmscale.runs.is_run import check_runs
+from mmscale.wording import numbered
 
 _SCRIPTS = ("base.js", "chart.js", "layers.js", "timeline.js", "page.js")
 _EVENTS_SHOWN = 200
@@ -233,7 +234,7 @@ def _subtitle(runs: Sequence[Run]) -> str:
         words.append(f"{kind}, {layers} layers, width {width}")
     start = next((event for event in run.events if event.get("event") in BEGINS), {})
     if "world_size" in start:
-        words.append("1 rank" if start["world_size"] == 1 else f"{start['world_size']} ranks")
+        words.append(numbered(start["world_size"], "rank"))
     return " · ".join(words)
 
 
@@ -251,12 +252,15 @@ def _overview(runs: Sequence[Run]) -> list[str]:
     if len(runs) > 1:
         return [_section("Results", _table(found))]
     (run,), (values,) = runs, found.values()
-    cards = "".join(
-        f'<div class="card"><b>{escape(value)}</b><span>{escape(name)}</span></div>'
-        for name, value in values.items()
-        if not name.startswith("loss")
-    )
+    cards = "".join(_card(name, value) for name, value in values.items() if not name.startswith("loss"))
     return [_section("Results", f'<div class="cards">{cards}</div>{_table(facts.losses(run.history))}')]
+
+
+def _card(name: str, value: str) -> str:
+    """A card: the number in one line; what follows it (`at step 100`, `guessing 10.0%`) is in small type."""
+    number, _, rest = value.partition(" ")
+    label = f"{name}, {rest}" if rest else name
+    return f'<div class="card"><b>{escape(number.rstrip(","))}</b><span>{escape(label)}</span></div>'
 
 
 def _comparable_since(run: Run) -> int:
@@ -284,7 +288,7 @@ def _timeline_section(runs: Sequence[Run]) -> str:
             rows.append(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>")
     head = "".join(f"<th>{name}</th>" for name in ("run", "time", "attempt", "step", "event", ""))
     table = f'<table class="words"><thead><tr>{head}</tr></thead>{"".join(rows)}</table>'
-    said = "1 event that is not routine" if number == 1 else f"{number:,} events that are not routine"
+    said = numbered(number, "event that is not routine", "events that are not routine")
     if len(rows) < number:
         said += f"; the last {_EVENTS_SHOWN}{' of each run' if len(runs) > 1 else ''}"
     listed = f"<details><summary>{said}</summary>{table}</details>" if rows else ""

@@ -103,7 +103,7 @@ class Chart {
     }
     for (const label of new Set(this.spec.levels.map((level) => level.label))) {
       const picture = el("svg", { width: 22, height: 12 }, el("line", { x1: 1, x2: 21, y1: 6, y2: 6, ...LEVEL }));
-      box.append(el("span", {}, picture, label));
+      box.append(el("span", { class: "level" }, picture, label));
     }
     return box;
   }

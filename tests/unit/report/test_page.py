@@ -140,7 +140,9 @@ def test_the_accuracy_of_guessing_is_in_its_chart_and_card(tmp_path: Path) -> No
     assert guessing_of(found.events) == {"which": [Guessing(0.1, 0, 20), Guessing(0.25, 20, None)]}
     text = written([run], tmp_path / "one.html")
     assert levels_of(text) == [(0.1, 0, 20, "guessing"), (0.25, 20, None, "guessing")]
-    assert "50.0%, guessing 25.0%" in text and "37.5%, guessing 25.0%" in text
+    for number, routing in (("50.0%", "batch"), ("37.5%", "causal")):
+        what = f"accuracy of which, held out ({routing} routing)"
+        assert f"<b>{number}</b><span>{what}, guessing 25.0%</span>" in text
     assert len(levels_of(written([run, other], tmp_path / "both.html"))) == 2
     events = [event | ({"guessing": {"which": 0.5}} if "guessing" in event else {}) for event in found.events]
     (other / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))

@@ -134,8 +134,8 @@ def check_changes(
     if rate is not None and rate.jumps and not yes:
         raise ConfigError(
             f"the learning rate would jump behind {where}: {rate}",
-            remedy=f"hold it ({optim}.schedule=constant {optim}.lr={rate.before:.3g}), warm up again ({optim}.restart="
-            f"{rate.step} and {optim}.warmup), or confirm with `mmscale train ... --yes`",
+            remedy=f"hold it ({optim}.schedule=constant {optim}.lr={rate.before:.3g}), "
+            f"{_warm_up(rate, settings(config), optim)}or confirm with `mmscale train ... --yes`",
         )
     said = asked + describe(found, confirmed=False) + moved + ([] if rate is None else [str(rate)])
     return said + (replaced(info, read_validation(config, read_blend(config))) if info.get("validation") else [])
@@ -184,6 +184,22 @@ def _learning_rates(
             raise
         return None  # the checkpoint's schedule is a plug-in that is not installed any more, so its rate is unknown
     return None if math.isclose(before, after, rel_tol=_SAME) else _Rate(step, before, after)
+
+
+def _warm_up(rate: _Rate, config: Config, optim: str) -> str:
+    """The remedy of a warm-up whose first step is no jump; without numbers or empty if the steps that are left are few.
+
+    Args:
+        rate: that jumps.
+        config: of the stage.
+        optim: name of the settings of its optimizer.
+    """
+    least = math.ceil(config.optim.lr / (JUMP * rate.before)) if rate.before > 0.0 else math.inf
+    restarts = config.optim.restart == rate.step
+    if least <= config.train.steps - rate.step:
+        how = "more slowly (" if restarts else f"again ({optim}.restart={rate.step} "
+        return f"warm up {how}{optim}.warmup={least}), "
+    return "" if restarts else f"warm up again ({optim}.restart={rate.step} and {optim}.warmup), "
 
 
 def check_profile(config: Config, *, world_size: int) -> None:

@@ -15,6 +15,7 @@ from mmscale.cli.named_files import check_export, check_model, check_set, split_
 from mmscale.cli.output import Json, emit, pairs
 from mmscale.errors import UsageError
 from mmscale.tables.routings import CAUSAL_ROUTINGS, meanings
+from mmscale.wording import numbered
 
 app = typer.Typer(help="Convert checkpoints to and from Hugging Face folders.", no_args_is_help=True)
 # What an export does after each of its sub-steps.
@@ -101,12 +102,13 @@ def to_hf(
 
 def _exported(report: dict[str, Any], *, again: bool) -> None:
     gate, model, weights = report["gate"], report["model"], report["weights"]
+    files = numbered(len(weights["shards"]), "file")
     code = "transformers' own class" if model["native"] else "trust_remote_code=True"
     rows: list[tuple[str, object]] = [
         ("export", f"{report['path']} (existed already)" if again else report["path"]),
         ("model", f"{model['class']}, {code}"),
         ("routing", model["routing"] or "none: the model does not route"),
-        ("weights", f"{weights['tensors']} tensors, {weights['bytes'] / 1e6:.1f} MB, {len(weights['shards'])} files"),
+        ("weights", f"{weights['tensors']} tensors, {weights['bytes'] / 1e6:.1f} MB, {files}"),
         ("gate", f"passed: logits of {gate['tokens']} tokens differ by {gate['max_abs']:.2g} at most"),
         ("same argmax", f"{gate['argmax_same']} of {gate['tokens']}"),
     ]

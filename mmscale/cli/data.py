@@ -16,6 +16,7 @@ import typer
 
 from mmscale.cli.output import Json, Overrides, emit, pairs
 from mmscale.errors import DataError, LaunchError, UsageError, shell_command
+from mmscale.wording import numbered
 
 app = typer.Typer(help="Prepare, inspect, verify and filter data sets.", no_args_is_help=True)
 
@@ -336,7 +337,7 @@ def _summary(result: dict[str, Any], *, remarks: bool = True) -> None:
         rows.append(("tasks", ", ".join(result["tasks"])))
     rows += _content(result, remarks=remarks)
     if result["rejected"]:
-        rows.append(("rejected", f"{result['rejected']:,} documents, see rejected.jsonl"))
+        rows.append(("rejected", f"{numbered(result['rejected'], 'document')}, see rejected.jsonl"))
     pairs(rows)
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import typer
 
+from mmscale.wording import numbered
+
 _BATCH = (
     "routing: batch: experts choose among whole sequences, so that only images (with --begin, other items) are drawn, "
     "beside held-out documents"
@@ -76,8 +78,8 @@ def written(drawn: list[GeneratedSample], prompts: list[str], count: int, out: P
 
 def _items(result: dict[str, Any]) -> str:
     """Number of images and of other items, in words."""
-    others = [f"{len(own)} {name} files" for name, own in result["files"].items() if own and name != "image"]
-    images = [f"{len(result['images'])} images"] if result["images"] or not others else []
+    others = [numbered(len(own), f"{name} file") for name, own in result["files"].items() if own and name != "image"]
+    images = [numbered(len(result["images"]), "image")] if result["images"] or not others else []
     return " and ".join([*images, *others])
 
 
@@ -97,4 +99,4 @@ def show(result: dict[str, Any]) -> None:
             parts = [piece.get("text") or f"[{next(iter(piece.values()))}]" for piece in one["pieces"]]
             typer.echo(f"{one['prompt']!r} -> {' '.join(parts)}{'' if one['ended'] else ' ...'}")
         where = f", all of them in {result['sheet']}" if result["sheet"] else ""
-        typer.echo(f"{len(result['samples'])} samples with {_items(result)}{where}", err=True)
+        typer.echo(f"{numbered(len(result['samples']), 'sample')} with {_items(result)}{where}", err=True)

@@ -88,7 +88,7 @@ def render(summary: dict[str, Any], *, width: int = 120, color: bool = False) ->
         console.print()
         console.print(_best(summary["layouts"][0]))
     else:
-        console.print(f"no layout of {summary['gpus']} ranks is possible", style="bold red")
+        console.print(f"no layout of {numbered(summary['gpus'], 'rank')} is possible", style="bold red")
     if summary["own_layout_refused"]:
         console.print(f"the configuration's own layout is refused: {summary['own_layout_refused']}", markup=False)
     if summary["rejected"]:
@@ -116,7 +116,7 @@ def _model(summary: dict[str, Any]) -> Table:
     experts = " + ".join(f"{count} {name}" for name, count in model["experts"].items())
     table.add_row(
         "model",
-        f"{model['name']}: {model['kind']}, {model['num_layers']} layers x {model['hidden_size']}"
+        f"{model['name']}: {model['kind']}, {numbered(model['num_layers'], 'layer')} x {model['hidden_size']}"
         + (f" ({model['depth_layers']} with Mixture-of-Depths)" if model["depth_layers"] else "")
         + (f", experts {experts}" if experts else "")
         + f", sequences of {model['seq_length']}",

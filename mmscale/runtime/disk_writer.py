@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mmscale.runtime.atomic_files import write_atomic
+from mmscale.wording import numbered
 
 WAIT_S = 5.0  # a longer write counts as hanging; on a busy machine a thread may start late
 RETRY_S = 1.0
@@ -125,7 +126,9 @@ class DiskWriter:
             left = len(self._queue)
             if left:
                 self._queue.clear()
-                self._announce(f"warning: {left} records could not be written to {self.place} and are lost")
+                self._announce(
+                    f"warning: {numbered(left, 'record')} could not be written to {self.place} and {'is' if left == 1 else 'are'} lost"
+                )
             return left
 
     # --- the queue, under the lock ----------------------------------------------------------------------------------
@@ -166,7 +169,9 @@ class DiskWriter:
             return
         seconds = time.monotonic() - outage.began
         lost = f", {outage.lost} are lost" if outage.lost else ""
-        self._announce(f"{self.place} can be written again after {seconds:.0f} s: {outage.kept} records kept{lost}")
+        self._announce(
+            f"{self.place} can be written again after {seconds:.0f} s: {numbered(outage.kept, 'record')} kept{lost}"
+        )
         self._emit(GOOD, place=self.place, seconds=round(seconds, 1), kept=outage.kept, lost=outage.lost)
 
     def _emit(self, event: str, **fields: Any) -> None:

@@ -185,7 +185,9 @@ def banner(
     train, model = config.train, config.model
     micro_batches = micro_batches_per_step(config, world_size)
     rows = [("run", _run_line(config, attempt=attempt, start_step=start_step))]
-    rows.append(("model", f"{model.kind}, {model.num_layers} layers x {model.hidden_size}{_experts(config)}"))
+    rows.append(
+        ("model", f"{model.kind}, {numbered(model.num_layers, 'layer')} x {model.hidden_size}{_experts(config)}")
+    )
     if plan is not None:
         rows.append(("parameters", _parameters(plan.get("parameters", {}))))
     ranks = numbered(world_size, "rank")

@@ -16,6 +16,7 @@ import numpy as np
 
 from mmscale.data.prepared.tasks import TaskItem
 from mmscale.data.stream.answer_requests import AnswerRequest, Answers
+from mmscale.wording import numbered
 
 AnswersOf = Callable[[Sequence[AnswerRequest]], Answers]  # a model
 NORMAL_95 = 1.959964  # quantile of the normal distribution for a 95 % interval
@@ -70,7 +71,7 @@ def describe(name: str, items: Sequence[TaskItem], *, place: Path, others: Seque
     """
     chance = chance_of(items)
     how = "written exactly" if chance is None else f"guessing gets {chance:.1%}"
-    return f"task {name}: {len(items)} questions of {place}, {how}{unasked(name, [*map(str, others)])}"
+    return f"task {name}: {numbered(len(items), 'question')} of {place}, {how}{unasked(name, [*map(str, others)])}"
 
 
 def unasked(name: str, others: Sequence[str]) -> str:

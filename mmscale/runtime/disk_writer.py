@@ -127,7 +127,8 @@ class DiskWriter:
             if left:
                 self._queue.clear()
                 self._announce(
-                    f"warning: {numbered(left, 'record')} could not be written to {self.place} and {'is' if left == 1 else 'are'} lost"
+                    f"warning: {numbered(left, 'record')} could not be written to {self.place} and "
+                    f"{'is' if left == 1 else 'are'} lost"
                 )
             return left
 

@@ -7,6 +7,7 @@ SLURM. Values that can reach a shell line contain no shell syntax, and are quote
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -296,7 +297,7 @@ def load_profile(name: str, asked: Mapping[str, str] = MappingProxyType({})) -> 
         known = sorted({*BUILT_IN, *(entry.stem for entry in FOLDER.glob("*.yaml"))})
         raise ConfigError(
             f"there is no cluster profile {file} below {Path.cwd()}",
-            remedy=f"--cluster takes {', '.join(known)} here, or a path of a YAML; start it in the checkout",
+            remedy=_elsewhere(name) or f"--cluster takes {', '.join(known)} here, or a path of a YAML",
         )
     document = documents.read_file(file)
     for setting_name, value in asked.items():
@@ -304,6 +305,12 @@ def load_profile(name: str, asked: Mapping[str, str] = MappingProxyType({})) -> 
         document.data[setting_name] = value
         document.marks[setting_name] = f"--{setting_name}"
     return _checked(document, where=str(file))
+
+
+def _elsewhere(name: str) -> str:
+    """The option that names the profile of the checkout that this package is part of; empty if there is none."""
+    file = Path(__file__).parents[1] / FOLDER / f"{name}.yaml"
+    return f"name its file: --cluster {shlex.quote(str(file))}" if file.is_file() else ""
 
 
 def profile_of(content: Any, *, where: str) -> Profile:

@@ -25,7 +25,7 @@ from launch.scheduler import JobState, checked
 from mmscale import bounded
 from mmscale.config import Config
 from mmscale.config.load import digest, dump
-from mmscale.errors import LaunchError, UsageError
+from mmscale.errors import LaunchError, UsageError, no_folder
 from mmscale.runs.is_run import NAME_ANOTHER
 from mmscale.runtime.atomic_files import write_atomic
 from mmscale.runtime.environment import describe
@@ -245,7 +245,7 @@ def check_folder(run: Path) -> None:
         LaunchError: it does not.
     """
     if not run.is_dir():
-        raise LaunchError(f"there is no folder {run}", remedy=NAME_ANOTHER)
+        raise LaunchError(no_folder(run), remedy=NAME_ANOTHER)
 
 
 def set_job(folder: Path, job: JobKey, *, log: str = "") -> None:

@@ -4,11 +4,17 @@ Bugs are not reported with these classes: they stay `assert` and plain Python ex
 """
 
 import shlex
+from pathlib import Path
 
 
 def shell_command(*words: object, program: str = "mmscale") -> str:
     """A command for a message, in backquotes, with paths quoted for a shell."""
     return f"`{program} {shlex.join(map(str, words))}`"
+
+
+def no_folder(folder: Path) -> str:
+    """That a folder does not exist, as a cause; a relative one with the working directory that it was looked for in."""
+    return f"there is no folder {folder}" if folder.is_absolute() else f"there is no folder {folder} in {Path.cwd()}"
 
 
 class MmscaleError(Exception):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mmscale.errors import CheckpointError, DataError, UsageError
+from mmscale.errors import CheckpointError, DataError, UsageError, no_folder
 
 BEST = "best"  # after an @, instead of a step
 
@@ -38,7 +38,7 @@ def check_model(folder: Path, step: int | None = None) -> None:
     from mmscale.checkpoint.layout import Store
 
     if not folder.is_dir():
-        raise CheckpointError(f"there is no folder {folder}", remedy="name a folder run.dir/run.name, or an export")
+        raise CheckpointError(no_folder(folder), remedy="name a folder run.dir/run.name, or an export")
     if not (folder / "config.json").is_file():
         Store.of_run(folder).choose(step)
 

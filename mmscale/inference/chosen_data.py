@@ -14,7 +14,7 @@ from mmscale.data.prepared.validation import read_validation
 from mmscale.data.scoring.stored import check_names
 from mmscale.data.stream.checks import check_evaluated_neighbours
 from mmscale.data.vocab import Vocabulary
-from mmscale.errors import CheckpointError, UsageError
+from mmscale.errors import CheckpointError, UsageError, no_folder
 from mmscale.inference.supported_routing import check_routing
 from mmscale.tables.routings import Routing
 
@@ -102,7 +102,7 @@ def check_scored(folder: Path, run: Path, step: int | None, routing: Routing, na
         CheckpointError: there is no such checkpoint.
     """
     if not run.is_dir():
-        raise CheckpointError(f"there is no folder {run}", remedy="name a run folder: run.dir/run.name")
+        raise CheckpointError(no_folder(run), remedy="name a run folder: run.dir/run.name")
     manifest = read_manifest(folder)
     check_names(folder, [name, *(f"{name}_{modality}" for modality in manifest.modalities)])
     store = Store.of_run(run)

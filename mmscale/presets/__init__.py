@@ -34,7 +34,8 @@ def copy(preset: str, folder: Path) -> list[Path]:
     files = {**_files(_ALSO[preset]), **_files(preset)} if preset in _ALSO else _files(preset)
     existing = [str(folder / name) for name in files if (folder / name).exists()]
     if existing:
-        raise UsageError(f"{', '.join(existing)} exists already", remedy="name another folder, or move it away")
+        exist = "exists" if len(existing) == 1 else "exist"
+        raise UsageError(f"{', '.join(existing)} {exist} already", remedy="name another folder, or move it away")
     for name, source in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, folder / name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from mmscale.errors import UsageError
+from mmscale.errors import UsageError, no_folder
 from mmscale.runs.events import EVENTS
 from mmscale.runs.metrics import METRICS
 
@@ -18,7 +18,7 @@ def no_run(folder: Path) -> str:
     if any((folder / file).is_file() for file in (METRICS, EVENTS, "config.yaml")):
         return ""
     if not folder.exists():
-        return f"there is no folder {folder}"
+        return no_folder(folder)
     return f"{folder} has no {METRICS}, {EVENTS} or config.yaml, so it is no run folder"
 
 

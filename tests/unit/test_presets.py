@@ -90,7 +90,10 @@ def test_nothing_is_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main(["init", str(tmp_path)]) == 2
     assert [file.name for file in tmp_path.iterdir()] == ["README.md"]
     assert (tmp_path / "README.md").read_text() == "mine"
-    assert "exists already" in capsys.readouterr().err
+    assert "README.md exists already" in capsys.readouterr().err
+    copy("own-data", tmp_path / "all")
+    assert main(["init", str(tmp_path / "all"), "--preset", "own-data"]) == 2
+    assert "own.yaml exist already" in capsys.readouterr().err
 
 
 def test_an_unknown_preset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

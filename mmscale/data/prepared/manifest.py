@@ -19,7 +19,7 @@ from mmscale import bounded
 from mmscale.config import Config, DataSource
 from mmscale.data.arrays import read_array
 from mmscale.data.vocab import IMAGE, Vocabulary
-from mmscale.errors import ConfigError, DataError, shell_command
+from mmscale.errors import ConfigError, DataError, no_folder, shell_command
 from mmscale.runtime.atomic_files import write_atomic
 
 MANIFEST = "manifest.json"
@@ -186,7 +186,7 @@ def read_manifest(folder: Path, *, like: Path | None = None, setting: str = "dat
     own = () if like is None else ("--documents", "FILE", "--like", like, "--out", folder)
     prepare = f"run {shell_command('data', 'prepare', *own)}"
     if not folder.is_dir():
-        raise DataError(f"data: there is no folder {folder}", remedy=f"{prepare} or correct {setting}")
+        raise DataError(f"data: {no_folder(folder)}", remedy=f"{prepare} or correct {setting}")
     if not file.is_file():
         raise DataError(f"data: {folder} is not a prepared data set (no {MANIFEST})", remedy=f"{prepare} to its end")
     try:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import statistics
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import torch
 from mmscale.bench import fp8_stability
 from mmscale.bench.fp8_stability import lr_sensitivity
 from mmscale.bench.fp8_toy import Toy, toy_config, train_toy
+from mmscale.config.precision.schema import PrecisionConfig
 from mmscale.config.rules import check
 from mmscale.errors import UsageError
 from mmscale.runtime import groups
@@ -121,3 +123,10 @@ def test_sensitivity_to_the_learning_rate() -> None:
 def test_what_counts_as_diverged(losses: list[float], gone: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Toy, "held_out_loss", property(lambda self: self.losses[-1]))
     assert fp8_stability.has_diverged(Toy(toy_config(), None, losses, [])) is gone  # type: ignore[arg-type]
+
+
+def test_every_recipe_is_compared_unless_others_are_named() -> None:
+    """`mmscale bench fp8-stability` without options: a new recipe is compared from the day on which it is added."""
+    recipes = set(get_args(PrecisionConfig.model_fields["fp8"].annotation)) - {"off"}
+    compared = inspect.signature(fp8_stability.run).parameters["formats"].default
+    assert {fp8_stability.FORMATS[name]["fp8"] for name in compared} == recipes

@@ -132,9 +132,10 @@ def check_changes(
         )
     rate = _learning_rates(config, saved, info, settings)
     if rate is not None and rate.jumps and not yes:
+        whole = f"{optim}.phases=[] " if settings(config).optim.phases else ""  # phases would end what is proposed
         raise ConfigError(
             f"the learning rate would jump behind {where}: {rate}",
-            remedy=f"hold it ({optim}.schedule=constant {optim}.lr={rate.before:.3g}), "
+            remedy=f"hold it ({whole}{optim}.schedule=constant {optim}.lr={rate.before:.3g}), "
             f"{_warm_up(rate, settings(config), optim)}or confirm with `mmscale train ... --yes`",
         )
     said = asked + describe(found, confirmed=False) + moved + ([] if rate is None else [str(rate)])
@@ -194,12 +195,13 @@ def _warm_up(rate: _Rate, config: Config, optim: str) -> str:
         config: of the stage.
         optim: name of the settings of its optimizer.
     """
+    whole = f"{optim}.phases=[] " if config.optim.phases else ""
     least = math.ceil(config.optim.lr / (JUMP * rate.before)) if rate.before > 0.0 else math.inf
     restarts = config.optim.restart == rate.step
     if least <= config.train.steps - rate.step:
-        how = "more slowly (" if restarts else f"again ({optim}.restart={rate.step} "
+        how = f"more slowly ({whole}" if restarts else f"again ({whole}{optim}.restart={rate.step} "
         return f"warm up {how}{optim}.warmup={least}), "
-    return "" if restarts else f"warm up again ({optim}.restart={rate.step} and {optim}.warmup), "
+    return "" if restarts else f"warm up again ({whole}{optim}.restart={rate.step} and {optim}.warmup), "
 
 
 def check_profile(config: Config, *, world_size: int) -> None:

@@ -26,10 +26,19 @@ def check(run: Path, *settings: str) -> None:
     preflight.check_changes(config(*settings), Store.of_run(run).info(1000), data=(), where="here", yes=False)
 
 
-@pytest.mark.parametrize("tried", TRIED)
+@pytest.mark.parametrize(
+    ("tried", "phases"),
+    [
+        (tried, phases)
+        for tried, given in TRIED.items()
+        for phases in ("[]", "[{start: 950}]", "[{start: 950, warmup: 10}]")
+        if phases == "[]" or "optim.restart=1000" not in given  # a restart behind the first phase is refused
+    ],
+)
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_remedies_work_as_printed(tried: str, schedule: str, tmp_path: Path) -> None:
+def test_remedies_work_as_printed(tried: str, schedule: str, phases: str, tmp_path: Path) -> None:
     run, settings = tmp_path / "run", (f"optim.schedule={schedule}", "optim.min_lr=1e-6", "optim.warmup=10")
+    settings = (*settings, f"optim.phases={phases}")
     commit(run, 1000, *settings)
     with pytest.raises(ConfigError, match="learning rate would jump") as raised:
         check(run, *settings, LONGER, *TRIED[tried])

@@ -37,6 +37,7 @@ CELLS = {
     ),
     "batch": Cell(("train.micro_batch_size=4",), says=ORDER),
     "sequence": Cell(("model.seq_length=128",), asks="model.seq_length", says=ORDER, stage="model.seq_length"),
+    "phase": Cell(("optim.phases=[{start: 20, lr: 1e-6}]",), says="optim.phases.0.start: (none) -> 20"),
     "moved": Cell(("data.path=DATA",), says="DATA, the same documents"),
     "replaced": Cell(("data.path=OTHER",), asks="DIGITS is left out; data: OTHER is new", says=ORDER),
 }

@@ -21,7 +21,7 @@ export GOMP_SPINCOUNT := 0
 # Further arguments for pytest in make test and make test-long, for instance -x.
 PYTEST_ARGS ?=
 
-.PHONY: docs help wheelhouse quickstart test test-long test-all lint pytest matrices durations transformer-engine apptainer test-slurm-24 test-versions security soak chaos preempted killed clean
+.PHONY: docs help tag wheelhouse quickstart test test-long test-all lint pytest matrices durations transformer-engine apptainer test-slurm-24 test-versions security soak chaos preempted killed clean
 
 help:
 	@echo "make quickstart   install, prepare real data, train, evaluate, export and draw on this machine"
@@ -143,6 +143,11 @@ durations: $(STAMP) $(EVALS) $(TE)/.unpacked
 	@failed=0; export CUDA_VISIBLE_DEVICES=; for folder in unit distributed end_to_end slurm; do \
 	  $(BIN)/python -m pytest -q -p tests.durations --durations-to $(DURATIONS) tests/$$folder < /dev/null || failed=$$?; \
 	done; $(BIN)/python -m tests.durations $(DURATIONS); exit $$failed
+
+# An annotated tag v<version> with the version's section of CHANGELOG.md; refused if something of the release is missing.
+tag: $(STAMP)
+	@$(BIN)/python -m tests.release > .venv/tag.txt
+	@git tag -a "v$$($(BIN)/mmscale --version)" --cleanup=verbatim -F .venv/tag.txt
 
 # Tests that take too long to run on every change. MATRICES=tests/distributed/test_layouts.py: only those of some files.
 # SHARD=3/12: one of twelve parts of them; the next number is the next part.

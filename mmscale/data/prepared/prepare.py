@@ -69,8 +69,11 @@ from mmscale.tables import plugins
 # Values of data.prepare.source that older versions prepared: the program that writes the documents now, and a
 # configuration that names them.
 _FORMER = {
-    "digits": ("examples/digits/write_documents.py", "configs/quickstart.yaml"),
-    "emoji": ("examples/emoji/write_documents.py", "configs/emoji.yaml"),
+    "digits": (
+        "examples/digits/write_documents.py of the repository (`mmscale init` writes a copy)",
+        "configs/quickstart.yaml",
+    ),
+    "emoji": ("examples/emoji/write_documents.py of the repository", "configs/emoji.yaml"),
 }
 
 
@@ -180,7 +183,7 @@ def _begun(config: Config, out: Path, *, overwrite: bool, progress: bool) -> tup
         program, example = _FORMER[settings.source]
         raise ConfigError(
             f"data.prepare.source = {settings.source}: this data set is not part of the package any more",
-            remedy=f"run {program} of the repository, and name the files that it writes in data.prepare.documents and "
+            remedy=f"run {program}, and name the files that it writes in data.prepare.documents and "
             f"data.prepare.tasks, as {example} does",
         )
     reporter = Reporter(enabled=progress)

@@ -22,7 +22,7 @@ HIDDEN = (
 )
 
 
-@pytest.mark.parametrize("preset", ["quickstart", "slurm"])
+@pytest.mark.parametrize("preset", ["quickstart", pytest.param("slurm", marks=pytest.mark.long)])
 def test_its_program_writes_what_its_configuration_names(preset: str, tmp_path: Path) -> None:
     """With a Python that has no mmscale: the program is an example of a user's own."""
     copy(preset, tmp_path)

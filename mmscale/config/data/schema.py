@@ -10,8 +10,18 @@ from mmscale.config.section import Byte, Count, Index, Name, OneOf, Positive, Ra
 from mmscale.tables.settings import DATA_ORDERS, IMAGE_FITS, IMAGE_TOKENIZERS, READERS, TEXT_TOKENIZERS
 
 MOST_NEIGHBOURS = 8  # of one document
-# Keys of data.prepare in settings of older versions, for the sources digits and emoji alone. They are dropped.
-FORMER_PREPARE = ("augment", "emoji")
+# Two values of data.prepare.source that older versions prepared, and the settings that only they read, with defaults.
+FORMER_SOURCES = ("digits", "emoji")
+FORMER_PREPARE: dict[str, Any] = {
+    "augment": 0,
+    "emoji": {
+        "font": "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf",
+        "annotations": "/usr/share/unicode/cldr/common",
+        "languages": ["en"],
+        "skin_tones": True,
+        "limit": 0,
+    },
+}
 
 
 class TextTokenizerConfig(Section):
@@ -166,9 +176,15 @@ class PrepareConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _without_former(cls, given: Any) -> Any:
+        """Drops settings of older versions that have no effect; what they would change now is refused as unknown."""
         if not isinstance(given, dict):
             return given
-        return {key: value for key, value in given.items() if key not in FORMER_PREPARE}
+        all_of_them = given.get("source") in FORMER_SOURCES
+        return {
+            key: value
+            for key, value in given.items()
+            if key not in FORMER_PREPARE or not (all_of_them or value == FORMER_PREPARE[key])
+        }
 
 
 class DataSource(Section):

@@ -127,7 +127,7 @@ def _kind(history: History, key: str, measured: HeldOut) -> str:
 
 def _name(key: str) -> str:
     measured = HeldOut.of(key)
-    return key if measured is None else f"{measured.measure}, {measured.where}"
+    return f"{HeldOut(key).measure}, training" if measured is None else f"{measured.measure}, {measured.where}"
 
 
 def settings(run: Path, *, attempt: int | None = None) -> dict[str, Any]:

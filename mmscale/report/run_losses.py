@@ -242,7 +242,7 @@ def refuse_data(first: ComparedRun, run: ComparedRun) -> None:
     mine, theirs = first.config, run.config
     if mine.data.sources != theirs.data.sources and _data(mine) != _data(theirs):
         raise UsageError(
-            f"{run.folder} was trained on other data than {first.folder} ({_paths(theirs)}, {_paths(mine)})",
+            f"{run.folder} was trained on {_paths(theirs)}, and {first.folder} on {_paths(mine)}",
             remedy="compare runs with equal data.path or data.blend",
         )
 

@@ -242,7 +242,7 @@ def refuse_data(first: ComparedRun, run: ComparedRun) -> None:
     mine, theirs = first.config, run.config
     if mine.data.sources != theirs.data.sources and _data(mine) != _data(theirs):
         raise UsageError(
-            f"{run.folder} was trained on {_paths(theirs)}, and {first.folder} on {_paths(mine)}",
+            f"{run.folder} was trained on other data ({_paths(theirs)}) than {first.folder} ({_paths(mine)})",
             remedy="compare runs with equal data.path or data.blend",
         )
 
@@ -261,7 +261,8 @@ def _data(config: Config) -> list[tuple[str, ...]]:
 
 
 def _paths(config: Config) -> str:
-    return ", ".join(source.path for source in config.data.sources)
+    sources = config.data.sources
+    return ", ".join(one.path if len(sources) == 1 else f"{one.path} of weight {one.weight}" for one in sources)
 
 
 def group_models(runs: Sequence[ComparedRun]) -> list[Model]:

@@ -213,7 +213,7 @@ def test_what_is_refused(tmp_path: Path, runs: tuple[Path, Path]) -> None:
     other = config().model_copy(update={"vocab": config("vocab.pad_multiple=64").vocab})
     refused = {
         "has another vocabulary than": make_run(tmp_path / "words", other, speedups=SPEEDUPS),
-        r"was trained on data/more, and .* on data/none": make_run(
+        r"was trained on other data \(data/more\) than .* \(data/none\)": make_run(
             tmp_path / "data", config("data.path=data/more"), speedups=SPEEDUPS
         ),
         r"is no run of this version: .*there is no such file": tmp_path,

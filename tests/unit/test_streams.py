@@ -43,6 +43,7 @@ NOTHING_SHORT = {
     "tests/slurm/test_outages.py": "test_successors; test_scheduler",
     "tests/slurm/test_preemptions.py": "test_successors preempts a job",
     "tests/slurm/test_prepare_array.py": "test_shares has the same shares without SLURM",
+    "tests/slurm/test_prepare_gpus.py": "test_vq_on_gpus has the shares; test_job_arrays has what tasks ask for",
     "tests/slurm/test_slow_faults.py": "test_successors",
     "tests/slurm/test_soak.py": "test_successors",
     "tests/unit/checkpoint/test_fuzzed_indices.py": "test_tensor_index",

@@ -201,6 +201,7 @@ def _one(run: Path, jobs: _Jobs) -> dict[str, Any]:
         "tokens_per_second": last.get("tokens_per_second"),
         "slowest_rank": _slowest(last),
         "loss": {key.removeprefix("loss/"): _number(last[key]) for key in last if key.startswith("loss/")},
+        "loss_step": int(last["step"]) if "step" in last else None,
         "last_checkpoint": saved,
         "last_checkpoint_age_s": None if committed is None or saved is None else max(0.0, time.time() - committed),
         "mirror": _mirror(events),
@@ -213,7 +214,7 @@ def _one(run: Path, jobs: _Jobs) -> dict[str, Any]:
 
 _FIELDS = (
     *("steps", "eta_s", "tokens_per_second", "slowest_rank", "last_checkpoint", "last_checkpoint_age_s", "mirror"),
-    "goodput",
+    *("loss_step", "goodput"),
 )
 
 

@@ -286,6 +286,8 @@ def _table(found: list[dict[str, Any]]) -> None:
         table.add_column(name, overflow="fold")
     for one in found:
         losses = " ".join(f"{name} {value:.3f}" for name, value in one["loss"].items())
+        if losses and one["loss_step"] not in (None, one["step"]):  # steps after it were not logged
+            losses += f" (step {one['loss_step']})"
         saved = one["last_checkpoint"]
         age = one["last_checkpoint_age_s"]
         slow = one["slowest_rank"]

@@ -28,6 +28,7 @@ LATER = {"long", "exhaustive"}
 # Files without a test in `make test`, and what tests their kind there.
 NOTHING_SHORT = {
     "tests/distributed/test_archive_layouts.py": "test_archives restores and trains on; test_archive writes and reads",
+    "tests/end_to_end/test_chat_page.py": "test_sft",
     "tests/end_to_end/test_chaos.py": "test_kills",
     "tests/end_to_end/test_comparison.py": "test_train; needs minutes",
     "tests/end_to_end/test_ecosystem.py": "test_fine_tuned_export; needs packages from the index",

@@ -21,7 +21,7 @@ from mmscale.data.prepared.manifest import read_blend
 from mmscale.data.stream.loader import BatchLoader
 from mmscale.data.stream.passes import SOURCES
 from mmscale.data.vocab import Vocabulary
-from mmscale.errors import CheckpointError
+from mmscale.errors import CheckpointError, shell_command
 from mmscale.model.auxiliary import RouterLearning
 from mmscale.model.build import build_chunks, transformer_config
 from mmscale.plan import flops_per_token
@@ -181,7 +181,8 @@ class AuxiliaryStage:
                 **by_kind(found),
             }
             replacing(file, json.dumps(report, indent=1).encode())()
-        tools.progress.say(f"figures of every layer: {file}, or `mmscale eval RUN --routing causal`")
+        command = shell_command("eval", self.given.run, "--routing", "causal")
+        tools.progress.say(f"figures of every layer: {file}, or {command}")
 
 
 class CalibrationHook:

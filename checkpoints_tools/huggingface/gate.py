@@ -219,16 +219,8 @@ def reload(folder: Path, computed: Computed, expected: Expected, *, scratch: Pat
     (scratch / "texts.json").write_text(json.dumps(said))
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(scratch / "home")}
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HF_"))}
-    command = [
-        sys.executable,
-        "-I",
-        str(Path(__file__).with_name("gate_reload.py")),
-        str(folder.resolve()),
-        str(scratch),
-    ]
-    ended = subprocess.run(
-        command, env=environment | offline, cwd=scratch, capture_output=True, text=True, timeout=_TIMEOUT_S
-    )
+    command = [str(Path(__file__).with_name("gate_reload.py")), str(folder.resolve()), str(scratch)]
+    ended = run_isolated(command, cwd=scratch, environment=environment | offline)
     if ended.returncode != 0:
         last = (ended.stderr.strip().splitlines() or [f"exit status {ended.returncode}"])[-1]
         raise CheckpointError(
@@ -240,6 +232,26 @@ def reload(folder: Path, computed: Computed, expected: Expected, *, scratch: Pat
         row |= {way: _document(ids) for way, ids in row.items() if isinstance(ids, list)}
         row |= {"trainer": own.new, "gap": own.gap}
     return found
+
+
+def run_isolated(
+    command: Sequence[str], *, cwd: Path, environment: Mapping[str, str]
+) -> subprocess.CompletedProcess[str]:
+    """Run a Python program in a fresh interpreter that sees nothing of this process's modules and paths.
+
+    Args:
+        command: the program's file and its arguments.
+        cwd: working directory.
+        environment: all of its variables.
+    """
+    return subprocess.run(
+        [sys.executable, "-I", *command],
+        env=environment,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=_TIMEOUT_S,
+    )
 
 
 def _items(name: str, codec: Codec) -> dict[str, torch.Tensor]:

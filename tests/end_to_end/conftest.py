@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from tests.digits import named
+from tests.end_to_end import isolated
 from tests.end_to_end.going_on import CELLS, SUBJECTS, Course
 from tests.end_to_end.running import mmscale
 
@@ -37,6 +38,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "checkpoint": {"every": 10, "keep": 9},
     "log": {"every": 1},
 }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _isolated() -> Iterator[None]:
+    yield
+    isolated.stop()
 
 
 @pytest.fixture(scope="session")

@@ -23,6 +23,7 @@ from mmscale.checkpoint import integrity
 from mmscale.checkpoint.layout import INFO, Store, info_text
 from mmscale.runs.metrics import read_metrics
 from mmscale.runtime.rank_env import STORE_FD, listen, port_of
+from tests.end_to_end import isolated
 from tests.support import spoken
 
 AFTER_A_FAILURE_S = 120.0  # time for the other ranks to end after one has failed
@@ -54,6 +55,8 @@ def mmscale(*arguments: str | Path, nproc: int = 1, timeout_s: float = 300.0) ->
     import mmscale.train.proof.verify_layout
     import mmscale.train.run  # noqa: F401  what forks would import one by one
 
+    if arguments[:2] == ("convert", "to-hf"):
+        isolated.start()
     folder = Path(tempfile.mkdtemp(prefix="mmscale-forked-"))
     pids = fork_all([str(argument) for argument in arguments], nproc, folder)
     statuses: dict[int, int] = {}
@@ -133,6 +136,7 @@ def fork(arguments: list[str], rank: int, nproc: int, listener: socket.socket, f
         sys.argv = ["mmscale", *arguments]  # the arguments with which `--nproc` starts its ranks
 
         gc.freeze()
+        isolated.use()
         status = main(arguments)
     except BaseException:
         traceback.print_exc()

@@ -80,11 +80,17 @@ def main() -> None:
     folder = parser.parse_args().folder
     ranks = rank_env.discover()
     groups.start(ranks)
-    short, long = _seconds(_SMALL), _seconds(_LARGE)
-    bandwidth = (ranks.world_size - 1) * (_LARGE - _SMALL) / max(long - short, 1e-9)
+    found = timed(ranks.world_size)
     if ranks.rank == 0:
-        (folder / _RESULT).write_text(json.dumps(asdict(Messages(latency=short, bandwidth=bandwidth))))
+        (folder / _RESULT).write_text(json.dumps(asdict(found)))
     groups.finalize()
+
+
+def timed(world_size: int) -> Messages:
+    """Time messages between all ranks, on each of them; torch.distributed has been started."""
+    short, long = _seconds(_SMALL), _seconds(_LARGE)
+    bandwidth = (world_size - 1) * (_LARGE - _SMALL) / max(long - short, 1e-9)
+    return Messages(latency=short, bandwidth=bandwidth)
 
 
 if __name__ == "__main__":

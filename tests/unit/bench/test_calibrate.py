@@ -16,7 +16,9 @@ from mmscale.errors import UsageError
 from mmscale.plan import count_parameters
 from mmscale.plan.measured import read
 from mmscale.plan.timing import step_time
+from mmscale.runtime import groups
 from mmscale.tables.gpus import GPUS, Efficiency, Gpu
+from tests.support import Ranks, distributed
 
 # Costs of a CPU core with which every term of a step is at least a few percent of some of the fitted steps.
 PLANTED = Efficiency(
@@ -101,7 +103,15 @@ def test_a_measurement_is_what_plan_reads(tmp_path: Path, monkeypatch: pytest.Mo
     assert f"| dense | 3 | 96 | 256 x 4 | 1024 | no | {1e3 * last['seconds']:.1f} |" in calibrate.render(result)
 
 
-def test_messages_between_ranks_are_measured() -> None:
+@distributed(world_size=2)
+def test_messages_between_ranks_are_timed(ranks: Ranks) -> None:
+    groups.start(ranks)
+    found = calibrate_messages.timed(ranks.world_size)
+    assert found.latency > 0 and found.bandwidth > 1e5
+
+
+@pytest.mark.long
+def test_messages_between_started_ranks_are_measured() -> None:
     found = calibrate_messages.measure(2)
     assert isinstance(found, Messages) and found.latency > 0 and found.bandwidth > 1e5
 

@@ -6,10 +6,12 @@ parse, call and print. Nothing here imports torch, so that every --help is fast.
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import typer
 
@@ -39,7 +41,7 @@ from mmscale.cli.shadowed import refuse_shadowed
 from mmscale.errors import MmscaleError, UsageError, shell_command
 from mmscale.runtime import quiet
 
-__all__ = ["app", "main"]
+__all__ = ["app", "main", "parser"]
 
 _EXIT_BROKEN_PIPE = 141  # exit status of a program that SIGPIPE ended, as in a shell
 
@@ -111,6 +113,12 @@ def _root(
         raise typer.Exit
 
 
+@functools.cache
+def parser() -> Callable[..., Any]:
+    """What parses a command line and calls its command; made once, because reading all signatures takes 0.1 s."""
+    return typer.main.get_command(app)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
@@ -123,7 +131,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     quiet.install()
     try:
         refuse_shadowed()
-        status = app(list(sys.argv[1:] if arguments is None else arguments), prog_name="mmscale", standalone_mode=False)
+        line = list(sys.argv[1:] if arguments is None else arguments)
+        status = parser()(line, prog_name="mmscale", standalone_mode=False)
         sys.stdout.flush()  # detects a reader that has closed the pipe
     except MmscaleError as error:
         if os.environ.get("MMSCALE_DEBUG") == "1":

@@ -50,11 +50,6 @@ class Ended:
 
 def mmscale(*arguments: str | Path, nproc: int = 1, timeout_s: float = 300.0) -> Ended:
     """`mmscale ARGUMENTS` as forked ranks, with the environment of ranks of `--nproc`."""
-    import mmscale.cli
-    import mmscale.inference.evaluate
-    import mmscale.train.proof.verify_layout
-    import mmscale.train.run  # noqa: F401  what forks would import one by one
-
     if arguments[:2] == ("convert", "to-hf"):
         isolated.start()
     folder = Path(tempfile.mkdtemp(prefix="mmscale-forked-"))
@@ -103,8 +98,24 @@ def losses(run: Path) -> dict[int, float]:
 
 def fork_all(arguments: list[str], nproc: int, folder: Path) -> list[int]:
     """Fork every rank; rank 0 alone keeps the socket that listens for the others."""
+    _import_what_forks_need(next(iter(arguments), ""))
     with listen() as listener:
         return [fork(arguments, rank, nproc, listener, folder) for rank in range(nproc)]
+
+
+def _import_what_forks_need(command: str) -> None:
+    """Once here, instead of once in every fork."""
+    import mmscale.cli
+    import mmscale.inference.evaluate
+    import mmscale.train.proof.verify_layout
+    import mmscale.train.run
+
+    if command in ("convert", "eval", "sample"):
+        import checkpoints_tools.huggingface.evaluate_export
+        import checkpoints_tools.huggingface.from_hf
+        import checkpoints_tools.huggingface.generator
+        import checkpoints_tools.huggingface.to_hf  # noqa: F401
+    mmscale.cli.parser()
 
 
 def fork(arguments: list[str], rank: int, nproc: int, listener: socket.socket, folder: Path) -> int:

@@ -51,11 +51,16 @@ SELECTED = {"test": "not long and not exhaustive", "long": "long and not exhaust
 _SLURM_TOO = tuple(
     f"slurm/test_{name}.py" for name in ("interruptions", "local_cluster", "slow_faults", "soak", "successors")
 )
-# Balanced by CPU time, as docs/results/durations.md has it. tests/slurm waits for SLURM more than it computes.
+# Ranks are forks of the process that collected the tests, and a fork costs the more, the more modules that process has
+# imported. These folders import nothing of transformers, pandas or matplotlib.
+_RANKS = ("distributed", *(f"unit/{name}" for name in ("checkpoint", "resilience", "runtime", "train")))
+# Balanced by CPU time, as docs/results/durations.md has it, and one more than two cores compute at once, because tests
+# wait for disks and processes. tests/slurm waits for SLURM more than it computes.
 STREAMS: dict[str, tuple[Stream, ...]] = {
     "test": (
-        Stream("ranks"),
-        Stream("unit", ("unit",)),
+        Stream("end-to-end"),
+        Stream("ranks", _RANKS),
+        Stream("unit", ("unit",), without=_RANKS[1:]),
         Stream("slurm", ("slurm",)),
     ),
     "long": (

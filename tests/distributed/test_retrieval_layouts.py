@@ -30,6 +30,9 @@ TWO_RANKS: dict[str, dict[str, Any]] = {
     "dp2": {},
     "cp2": {"cp": 2},
 }
+# In `make test`: documents on several ranks, and parts of one document.
+SHORT = ("ep2", "cp2")
+LONG = tuple(name for name in TWO_RANKS if name not in SHORT)
 
 
 @pytest.fixture(scope="module")
@@ -78,12 +81,13 @@ def references(tmp_path: Path) -> References:
 
 
 @pytest.mark.parametrize(
-    ("model", "loss", "masked"),
+    ("model", "loss", "masked", "names"),
     [
-        ("moma", True, 0.0),
-        ("dense", False, 0.8),
+        ("moma", True, 0.0, SHORT),
+        pytest.param("moma", True, 0.0, LONG, marks=pytest.mark.long),
+        pytest.param("dense", False, 0.8, tuple(TWO_RANKS), marks=pytest.mark.long),
         *[
-            pytest.param(model, loss, masked, marks=pytest.mark.exhaustive)
+            pytest.param(model, loss, masked, tuple(TWO_RANKS), marks=pytest.mark.exhaustive)
             for model, loss, masked in [
                 ("moma", False, 0.8),
                 ("moma_token_choice", True, 0.0),
@@ -94,7 +98,13 @@ def references(tmp_path: Path) -> References:
     ],
 )
 def test_layouts_equal_one_process(
-    folder: Path, references: References, model: str, loss: bool, masked: float, tmp_path: Path
+    folder: Path,
+    references: References,
+    model: str,
+    loss: bool,
+    masked: float,
+    names: tuple[str, ...],
+    tmp_path: Path,
 ) -> None:
     alone = settings(folder, model, loss=loss, masked=masked)
     mixture = open_mixture(alone, "train", vocabulary=VOCABULARY)
@@ -105,7 +115,8 @@ def test_layouts_equal_one_process(
 
     def steps(ranks: RankEnv) -> None:
         start(ranks)
-        for name, parallel in TWO_RANKS.items():
+        for name in names:
+            parallel = TWO_RANKS[name]
             if name == "ep2" and model in ("dense", "mot"):
                 continue
             found = judge(

@@ -6,7 +6,9 @@ losses are those of an undisturbed run.
 
 from __future__ import annotations
 
+import functools
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,21 +32,27 @@ SETTINGS = (f"train.steps={STEPS}", "train.eval_every=12", "train.dry_run=false"
 SETTINGS += ("checkpoint.max_failures=99", "log.layers_every=2")
 
 
-def numbers(run: Path) -> dict[int, dict[str, Any]]:
+Numbers = dict[int, dict[str, Any]]
+References = Callable[[int], Numbers]
+
+
+def numbers(run: Path) -> Numbers:
     """What every step gave."""
     return {line["step"]: {key: line.get(key) for key in EXACT} for line in read_metrics(run)}
 
 
 @pytest.fixture(scope="module")
-def references(config: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[int, dict[str, Any]]]:
-    """The numbers of undisturbed runs, by ranks."""
-    found = {}
-    for ranks in (1, 2):
+def references(config: Path, tmp_path_factory: pytest.TempPathFactory) -> References:
+    """The numbers of an undisturbed run of so many ranks."""
+
+    @functools.cache
+    def reference(ranks: int) -> Numbers:
         runs = tmp_path_factory.mktemp("undisturbed")
         life = Life(["train", str(config), f"run.dir={runs}", *SETTINGS, f"parallel.ep={ranks}"], nproc=ranks)
         assert set(life.end().values()) == {0}, life.said
-        found[ranks] = numbers(runs / "tiny")
-    return found
+        return numbers(runs / "tiny")
+
+    return reference
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +80,7 @@ def disturb(life: Life, disk: Disk) -> None:
     disk.recover()
 
 
-def assert_nothing_is_lost(run: Path, disk: Disk, reference: dict[int, dict[str, Any]]) -> None:
+def assert_nothing_is_lost(run: Path, disk: Disk, reference: Numbers) -> None:
     """Losses as undisturbed; the outage is on record, and so is what was trained in it."""
     assert numbers(run) == reference
     during = [line["step"] for line in read_metrics(run) if disk.refused < line["time"] < disk.good]
@@ -86,16 +94,14 @@ def assert_nothing_is_lost(run: Path, disk: Disk, reference: dict[int, dict[str,
 @pytest.mark.parametrize(
     "kind", [KINDS[0], *(pytest.param(kind, marks=pytest.mark.long) for kind in KINDS[1:])], ids=str
 )
-def test_a_run_goes_on(
-    kind: str, config: Path, references: dict[int, dict[int, dict[str, Any]]], tmp_path: Path
-) -> None:
+def test_a_run_goes_on(kind: str, config: Path, references: References, tmp_path: Path) -> None:
     with disk_of(tmp_path / "disk", kind) as disk:
         arguments = ["train", str(config), f"run.dir={disk.folder}", *SETTINGS, "log.tensorboard=true"]
         life = Life(arguments, faults=SLOW)
         disturb(life, disk)
         assert life.end() == {0: 0, 1: 0}, life.said
         run = disk.folder / "tiny"
-        assert_nothing_is_lost(run, disk, references[2])
+        assert_nothing_is_lost(run, disk, references(2))
         assert life.said.count("cannot be written:") == 1 and life.said.count("can be written again") == 1
         assert "Traceback" not in life.said
         assert scalars(run / "tensorboard", "loss") == list(range(1, STEPS + 1))
@@ -111,9 +117,7 @@ def scalars(folder: Path, name: str) -> list[int]:
 
 
 @pytest.mark.long
-def test_a_renamed_run_is_saved_where_it_is(
-    config: Path, references: dict[int, dict[int, dict[str, Any]]], tmp_path: Path
-) -> None:
+def test_a_renamed_run_is_saved_where_it_is(config: Path, references: References, tmp_path: Path) -> None:
     """It ends at the next step, with nothing left at the old place, and goes on from the new one."""
     arguments = ["train", str(config), f"run.dir={tmp_path}", *SETTINGS, "log.tensorboard=true"]
     life = Life(arguments, faults=f"{SLOW},1:{BEGIN + 2}:write:slow=0.5")
@@ -128,13 +132,13 @@ def test_a_renamed_run_is_saved_where_it_is(
     assert f"rename it back, or continue with run.dir={tmp_path} run.name=moved" in life.said
     life = Life([*arguments, "run.name=moved"])
     assert life.end() == {0: 0, 1: 0}, life.said
-    assert numbers(run) == references[2]
+    assert numbers(run) == references(2)
 
 
 @pytest.mark.parametrize(
     ("kind", "ranks"),
     [
-        ("full", 2),
+        pytest.param("full", 2, marks=pytest.mark.long),
         pytest.param("frozen", 2, marks=pytest.mark.exhaustive),
         # A rank's log is open for writing for as long as it lives, so only rank 0, which prints, can be there.
         pytest.param("read-only", 1, marks=pytest.mark.exhaustive),
@@ -144,7 +148,7 @@ def test_a_launched_run_goes_on(
     kind: str,
     ranks: int,
     config: Path,
-    references: dict[int, dict[int, dict[str, Any]]],
+    references: References,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -156,7 +160,7 @@ def test_a_launched_run_goes_on(
         disturb(life, disk)
         assert life.end() == {0: 0}, life.said
         run = disk.folder / "tiny"
-        assert numbers(run) == references[ranks]
+        assert numbers(run) == references(ranks)
         told = [event["event"] for event in read_events(run) if event["event"] in (REFUSED, GOOD)]
         assert told.count(REFUSED) == told.count(GOOD) >= 1  # by rank 0, and by the supervisor
         assert "Traceback" not in life.said

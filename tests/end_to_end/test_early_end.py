@@ -179,6 +179,7 @@ def test_all_layouts_end_at_the_same_step(layout: str, cut: int | None, config: 
     assert Store.of_run(run).best() == BEST and {BEST, END} <= set(Store.of_run(run).steps())
 
 
+@pytest.mark.long
 def test_a_launched_run_is_over(config: Path, tmp_path: Path) -> None:
     """Exit 0, no requeue, no restart."""
     ended = mmscale("launch", config, f"run.dir={tmp_path}", *SETTINGS, "parallel.ep=1", timeout_s=400)

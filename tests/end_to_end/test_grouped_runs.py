@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from mmscale.checkpoint.layout import Store
 from mmscale.runs.metrics import read_metrics
 from tests.end_to_end.running import mmscale
@@ -13,6 +15,7 @@ from tests.end_to_end.test_train import EXACT
 SETTINGS = ("train.eval_every=0", "train.dry_run=false", "checkpoint.every=3", "resilience.memory_every=2")
 
 
+@pytest.mark.long
 def test_grouped_checkpoints_are_the_same_in_every_use(config: Path, tmp_path: Path) -> None:
     def ok(*arguments: str | Path, nproc: int = 1) -> str:
         ended = mmscale(*arguments, nproc=nproc)

@@ -64,6 +64,7 @@ def main_run(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return runs / "tiny"
 
 
+@pytest.mark.long
 def test_a_stage_goes_on_after_a_kill(config: Path, digits: Path, main_run: Path, tmp_path: Path) -> None:
     """It ends with the numbers of an undisturbed one, validation set included; injected faults are an event."""
     runs = {name: tmp_path / name for name in ("whole", "killed")}

@@ -41,7 +41,7 @@ def records() -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def planted(digits: Path, config: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A data set with canaries, and a run of tensor-parallel ranks that has read it often, with its export."""
+    """A data set with canaries, and a run of tensor-parallel ranks that has read it often."""
     folder = tmp_path_factory.mktemp("planted")
     file = write_jsonl(folder / "d.jsonl", records())
     ok("data", "prepare", "--documents", file, "--like", digits, "--out", folder / "set", *PLANTED)
@@ -50,8 +50,7 @@ def planted(digits: Path, config: Path, tmp_path_factory: pytest.TempPathFactory
     rest = ("checkpoint.asynchronous=false", "checkpoint.every=0", "train.eval_every=0", "optim.lr=1e-2")
     ended = mmscale(*train, *model, *rest, nproc=2)
     assert ended.status == 0, ended
-    ok("convert", "to-hf", folder / "tiny", folder / "hf")
-    return {"set": folder / "set", "run": folder / "tiny", "export": folder / "hf"}
+    return {"set": folder / "set", "run": folder / "tiny"}
 
 
 def share_by_hand(model: RunModel, ids: list[int]) -> tuple[int, int]:
@@ -88,11 +87,12 @@ def test_canaries_are_found_again_by_number_of_copies(planted: dict[str, Path]) 
 
 
 @pytest.mark.long
-def test_an_export_and_ranks_measure_the_same(planted: dict[str, Path]) -> None:
+def test_an_export_and_ranks_measure_the_same(planted: dict[str, Path], tmp_path: Path) -> None:
+    ok("convert", "to-hf", planted["run"], tmp_path / "hf")
     asked = ("--task", "memorisation", "--batches", "1")
     run, export, shared = (
-        json.loads(ok("eval", planted[name], *asked, *more, "--json"))
-        for name, more in (("run", ()), ("export", ()), ("run", ("--nproc", "2")))
+        json.loads(ok("eval", model, *asked, *more, "--json"))
+        for model, more in ((planted["run"], ()), (tmp_path / "hf", ()), (planted["run"], ("--nproc", "2")))
     )
     assert shared["memorisation"] == run["memorisation"]
     without = [{**row, "reads": None} for row in run["memorisation"]]

@@ -85,6 +85,7 @@ def test_a_run_goes_on_elsewhere_from_its_mirror(config: Path, tmp_path: Path, w
     assert again == pytest.approx({step: one[step] for step in again}, rel=1e-4)
 
 
+@pytest.mark.long
 def test_the_end_waits_for_the_mirror_and_the_stage_has_its_own(config: Path, tmp_path: Path) -> None:
     """At 400 kB/s the last upload outlives training; the routers' checkpoints are fetched with the main ones."""
     settings = (f"run.dir={tmp_path}/runs", *SETTINGS, f"checkpoint.mirror=file://{tmp_path}/mirror")

@@ -148,22 +148,34 @@ def test_it_starts_from_the_checkpoint_that_is_named(folder: Path, tuned: Tuned,
     )
 
 
-def test_the_folder_is_that_of_a_run(folder: Path, tuned: Tuned, tmp_path: Path) -> None:
-    """Evaluated, shown, given routers, asked, exported; the export answers the same, by its template."""
+def moved(tuned: Tuned, tmp_path: Path) -> Path:
+    """The stage in a copy of its run."""
     run = tmp_path / "tiny" / "sft"
     shutil.copytree(tuned[0].parent, run.parent)
     config = run / "config.yaml"
     content = yaml.safe_load(config.read_text())
     content["run"]["dir"] = str(run.parent)
     config.write_text(yaml.safe_dump(content))
+    return run
+
+
+def test_the_folder_is_that_of_a_run(folder: Path, tuned: Tuned, tmp_path: Path) -> None:
+    """Evaluated and shown."""
+    run = moved(tuned, tmp_path)
     found = json.loads(ok("eval", run, "--task", folder / "chat/even.jsonl", "--json"))
     assert found["loss"] == pytest.approx(tuned[1][STEPS]["eval/loss"], rel=1e-4)
     assert found["tasks"]["even"]["asked"] > 100
     (shown,) = json.loads(ok("status", run, "--json"))
     assert shown["step"] == shown["steps"] == STEPS and shown["state"] == "finished", shown
     ok("report", run, "--out", tmp_path / "report.html")
+
+
+@pytest.mark.long
+def test_it_is_given_routers_and_exported(folder: Path, tuned: Tuned, tmp_path: Path) -> None:
+    """Asked by its template, run and export answer the same."""
+    run = moved(tuned, tmp_path)
     routers = ("auxiliary.steps=2", "auxiliary.calibration_batches=0")
-    ok("train", config, "--stage", "auxiliary", *routers)
+    ok("train", run / "config.yaml", "--stage", "auxiliary", *routers)
     ok("convert", "to-hf", run, tmp_path / "hf", timeout_s=600)
     picture = folder / "chat/held_out_0000.png"
     asked = ("--chat", "--image", picture, "--prompt", "Which digit is this?", "--count", "1", "--temperature", "0")

@@ -106,7 +106,11 @@ def main_run(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return runs / "tiny"
 
 
-@pytest.fixture(scope="module", params=list(STAGES))
+# The stage of conversations is the main one's code with other data; test_sft trains and resumes it.
+ROWS = [pytest.param(stage, marks=pytest.mark.long) if stage == "sft" else stage for stage in STAGES]
+
+
+@pytest.fixture(scope="module", params=ROWS)
 def courses(request: pytest.FixtureRequest, config: Path, digits: Path, main_run: Path) -> Courses:
     return Courses(config, digits, main_run, request.param)
 

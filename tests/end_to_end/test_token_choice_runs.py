@@ -41,6 +41,7 @@ def biases(run: Path, step: int) -> dict[str, torch.Tensor]:
     return {name: source.read(name) for name in source.names(weights=True) if ".router_bias." in name}
 
 
+@pytest.mark.long
 def test_a_stopped_run_resumes_with_the_same_losses_and_biases(config: Path, runs: Path, tmp_path: Path) -> None:
     """Bit by bit on the same layout; on two expert-parallel ranks losses to rounding, biases exactly."""
     whole, settings = losses(runs / "tc"), (config, "run.name=tc", *MAIN, *MODELS["tc"])

@@ -33,7 +33,11 @@ def make(folder: Path, name: str, kind: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("launch", "package"), ("launch", "module"), ("slurm", "folder"), ("checkpoints_tools", "package")],
+    [
+        ("launch", "module"),
+        ("slurm", "folder"),
+        *(pytest.param(name, "package", marks=pytest.mark.long) for name in ("launch", "checkpoints_tools")),
+    ],
 )
 def test_it_is_named(name: str, kind: str, tmp_path: Path) -> None:
     make(tmp_path, name, kind)

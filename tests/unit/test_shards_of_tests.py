@@ -27,7 +27,7 @@ def _run(folder: Path, shard: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [*command, "-c", "/dev/null", "--rootdir", str(folder), "test_rows.py"],
         cwd=folder,
-        env={"PYTHONPATH": str(ROOT)},
+        env={"PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
         capture_output=True,
         text=True,
     )

@@ -28,12 +28,15 @@ LATER = {"long", "exhaustive"}
 # Files without a test in `make test`, and what tests their kind there.
 NOTHING_SHORT = {
     "tests/distributed/test_archive_layouts.py": "test_archives restores and trains on; test_archive writes and reads",
+    "tests/distributed/test_mpi.py": "test_rank_env reads the variables of MPI; test_groups",
     "tests/end_to_end/test_chat_page.py": "test_sft",
     "tests/end_to_end/test_chaos.py": "test_kills",
     "tests/end_to_end/test_comparison.py": "test_train; needs minutes",
     "tests/end_to_end/test_ecosystem.py": "test_fine_tuned_export; needs packages from the index",
     "tests/end_to_end/test_gates.py": "test_convert",
     "tests/end_to_end/test_going_on_elsewhere.py": "test_going_on",
+    "tests/end_to_end/test_grouped_runs.py": "test_grouped_saves; test_damage",
+    "tests/end_to_end/test_launch_here.py": "test_local_job restarts real supervisors; test_kills; test_train",
     "tests/end_to_end/test_memory.py": "test_memory_tier",
     "tests/end_to_end/test_quickstart.py": "test_kills; test_prepare_accidents",
     "tests/end_to_end/test_resumed_versions.py": "test_train; needs an environment with other versions",
@@ -164,9 +167,11 @@ def test_every_file_is_in_one_stream(tier: str) -> None:
 
 def test_pytest_takes_the_arguments_of_a_stream(tmp_path: Path) -> None:
     """Its own list of files, of a small folder: the catch-all stream leaves out what the others run."""
-    for folder in ("unit", "slurm", "new"):
-        (tmp_path / "tests" / folder).mkdir(parents=True)
-        (tmp_path / "tests" / folder / f"test_{folder}.py").write_text(
+    folders = {"new", *(path for stream in streams.STREAMS["test"] for path in stream.paths)}
+    names = {folder: f"test_{folder.replace('/', '_')}" for folder in folders}
+    for folder, name in names.items():
+        (tmp_path / "tests" / folder).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "tests" / folder / f"{name}.py").write_text(
             "import pytest\n\ndef test_short(): pass\n\n@pytest.mark.long\ndef test_long(): pass\n"
         )
     (tmp_path / "pytest.ini").write_text(
@@ -181,7 +186,7 @@ def test_pytest_takes_the_arguments_of_a_stream(tmp_path: Path) -> None:
         ).stdout.splitlines()
         if "::" in line
     ]
-    assert sorted(found) == [f"tests/{name}/test_{name}.py::test_short" for name in ("new", "slurm", "unit")]
+    assert sorted(found) == sorted(f"tests/{folder}/{name}.py::test_short" for folder, name in names.items())
 
 
 def _short(file: str) -> list[str]:

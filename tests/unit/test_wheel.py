@@ -112,6 +112,7 @@ def run(command: Path, *arguments: str, folder: Path) -> str:
     return ended.stdout
 
 
+@pytest.mark.long
 def test_a_folder_of_its_own_without_the_clone(installed: Path, tmp_path: Path) -> None:
     """`init`, then the data set, a few steps and the batch script, where another package is called `launch`."""
     run(installed, "init", "own", "--preset", "own-data", folder=tmp_path)

@@ -59,7 +59,9 @@ def test_the_first_of_the_last_round(
     assert str(agent.first_failed(tmp_path, ["n1", "n2"], tasks=2, since=NOW)) == "rank 3 on n2: exit status 3"
 
 
-@pytest.mark.parametrize("zone", ["UTC", "Asia/Tokyo", "America/St_Johns"])
+@pytest.mark.parametrize(
+    "zone", ["America/St_Johns", *(pytest.param(zone, marks=pytest.mark.long) for zone in ("UTC", "Asia/Tokyo"))]
+)
 def test_an_agent_in_another_time_zone(zone: str, tmp_path: Path) -> None:
     """Of a container, for instance: the agent itself writes the line that is read here."""
     script = (

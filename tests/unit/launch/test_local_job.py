@@ -95,7 +95,10 @@ def local(folder: Path, tmp_path: Path) -> Iterator[Local]:  # noqa: F811
 
 
 @pytest.mark.usefixtures("signals_heard")
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGINT"])
+@pytest.mark.parametrize(
+    "name",
+    ["SIGTERM", "SIGUSR2", *(pytest.param(name, marks=pytest.mark.long) for name in ("SIGHUP", "SIGUSR1", "SIGINT"))],
+)
 def test_every_request_to_end_saves(local: Local, name: str) -> None:
     job = local.trains()
     job.send_signal(signal.Signals[name])

@@ -153,6 +153,7 @@ def test_every_node_has_two_neighbours() -> None:
         assert min(met.count(node) for node in range(1, nodes - 1)) == 2
 
 
+@pytest.mark.long
 def test_bandwidth_is_measured_by_real_ranks(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += ["-m", "slurm.bandwidth", "--mb", "4"]

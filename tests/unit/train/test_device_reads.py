@@ -104,14 +104,22 @@ def reads_of(settings: Config) -> dict[int, tuple[DeviceReads, DeviceReads]]:
     return {step: found[step] for step in (2, 3)}
 
 
-def test_a_step_reads_once() -> None:
+SMALL_MOMENTS = "moments in FP8"
+# In `make test`: each kind of routing, and parallelism of every kind.
+SHORT = ("dense", "noise, shared experts, tp", "depth by modality, pp", "auxiliary routers, cut-offs, ep")
+LONG = (*(name for name in CASES if name not in SHORT), SMALL_MOMENTS)
+
+
+@pytest.mark.parametrize("names", [SHORT, pytest.param(LONG, marks=pytest.mark.long)], ids=["", "more"])
+def test_a_step_reads_once(names: tuple[str, ...]) -> None:
     def steps(ranks: RankEnv) -> None:
         # The device's attention takes a mask; by documents, whose lengths it reads, it goes on hosts only.
         DocumentAttention.forward = _as_on_a_device  # type: ignore[method-assign]
         groups.start(ranks)
         settings = {name: config(model, **options) for name, (model, options) in CASES.items()}
-        settings["moments in FP8"] = _with_small_moments(settings["dense"])
-        for name, own in settings.items():
+        settings[SMALL_MOMENTS] = _with_small_moments(settings["dense"])
+        for name in names:
+            own = settings[name]
             joint = own.model.auxiliary.mode == "joint"  # auxiliary routers are judged by themselves
             for step, (reads, after) in reads_of(own).items():
                 found = reads.found

@@ -168,8 +168,9 @@ docs: $(DOCS)
 
 # Hostile files, pickles, images and archives, and tens of thousands of randomly changed ones: about an hour.
 # The tests that docs/security.md names; tests/unit/test_docs.py compares.
-SECURITY := tests/unit/test_bounded.py tests/unit/test_wheel.py tests/unit/config/test_load.py \
-  tests/unit/checkpoint/test_archive.py tests/unit/checkpoint/test_fuzzed_indices.py tests/unit/checkpoint/test_integrity.py \
+SECURITY := tests/unit/test_bounded.py tests/unit/test_bounded_readers.py tests/unit/test_wheel.py \
+  tests/unit/config/test_load.py tests/unit/checkpoint/test_archive.py \
+  tests/unit/checkpoint/test_fuzzed_indices.py tests/unit/checkpoint/test_integrity.py \
   tests/unit/checkpoint/test_pickles.py tests/unit/checkpoint/test_tensor_index.py tests/unit/checkpoint/test_torch_files.py \
   tests/unit/data/documents/test_hostile_files.py tests/unit/data/documents/test_documents.py tests/unit/data/test_digests.py \
   tests/unit/data/prepared/test_plugin_tokenizers.py \

@@ -31,8 +31,6 @@ from mmscale.train import assembly
 from mmscale.train.loop import Trainer
 from mmscale.train.proof.synthetic import SyntheticMixture
 from mmscale.train.state.train_state import TrainState
-from mmscale.train.steps.batch import to_device
-from mmscale.train.steps.step import mean_losses, reduce_sums
 from mmscale.train.steps.step_guard import StepGuard
 from mmscale.train.steps.step_report import StepReport
 from mmscale.train.throughput import Throughput
@@ -385,24 +383,5 @@ def test_what_the_gradient_norm_does_not_count_is_seen_too(ranks: RankEnv) -> No
         life = live(made, parts, state, fault=after_reduction(change, rank=1, batch=1))
         assert life.names() == ["skip"]
         assert state.sequences == 3 * BATCH
-        process_groups.destroy_layout()
-    process_groups.finalize()
-
-
-@distributed(world_size=2)
-def test_figures_are_those_of_megatron_and_of_all_ranks(ranks: RankEnv) -> None:
-    """Norm: as megatron-core's own. Losses: as the sums over ranks, on every stage. Without labels: no figure."""
-    start(ranks)
-    for parallel in ({}, {"tp": 2}, {"pp": 2}, {"ep": 2}):
-        made = with_policy(settings("moma", parallel=parallel), steps=1)
-        parts, _ = build(made)
-        vocabulary = Vocabulary.from_config(made.vocab)
-        batches = [to_device(part, vocabulary) for part in next(Stream(made, parts, 0)).micro_batches]
-        result = parts.stepper.compute(batches)
-        assert not result.applied
-        assert result.grad_norm == pytest.approx(float(parts.optimizer.get_grad_norm()), rel=1e-6)
-        expected = mean_losses(reduce_sums(result.sums, parts.groups), made.vocab.names)
-        assert result.losses == pytest.approx(expected, rel=1e-12) and "loss/image" in expected
-        assert set(result.figures) == {"grad_norm", "loss", "loss/text", "loss/image"}
         process_groups.destroy_layout()
     process_groups.finalize()

@@ -18,7 +18,7 @@ from mmscale.train.assembly import build
 from mmscale.train.state import local_state
 from mmscale.train.state.train_state import TrainState
 from tests.distributed import test_memory_tier
-from tests.distributed.test_memory_tier import events, folders, lose, started, tier
+from tests.distributed.memory_tiers import events, folders, lose, started, tier
 from tests.distributed.test_resume import OVERLAPPED, settings, start, train
 from tests.support import run_ranks
 

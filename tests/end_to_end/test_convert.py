@@ -17,7 +17,8 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
-from mmscale.errors import DataError, MmscaleError
+from mmscale.errors import DataError
+from tests.end_to_end.damaged_exports import damaging, forget_the_cache, forked, rewrite_weights, spoil
 from tests.end_to_end.running import ROOT, assert_says, listing, mmscale, ok
 
 MAIN = ("train.steps=12", "checkpoint.every=0", "checkpoint.asynchronous=false", "train.eval_every=0")
@@ -263,69 +264,12 @@ def test_tokenizers_of_a_blend(runs: Path, digits: Path, tmp_path: Path) -> None
         tokenizers(digits, changed("other", {"image": "kmeans-ffff"}))
 
 
-def forked(function: Callable[[], Any]) -> tuple[int, str]:
-    """Exit status of a function in a process of its own, and what an error said."""
-    reading, writing = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            function()
-            status = 0
-        except MmscaleError as error:
-            os.write(writing, str(error).encode())
-            status = error.exit_status
-        finally:
-            os._exit(status)
-    os.close(writing)
-    with os.fdopen(reading) as stream:
-        said = stream.read()
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), said
-
-
-def damaging(stage: str, damage: Callable[[Path], None], run: Path, out: Path) -> Callable[[], Any]:
-    """An export whose temporary folder is damaged after a stage."""
-    from checkpoints_tools.huggingface.to_hf import export
-
-    def on_stage(reached: str) -> None:
-        if reached == stage:
-            (folder,) = out.parent.glob(f"{out.name}.tmp.*")
-            damage(folder)
-
-    return lambda: export(run, None, out, on_stage=on_stage)
-
-
-def rewrite_weights(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
-    def damage(folder: Path) -> None:
-        from safetensors.torch import load_file, save_file
-
-        state = load_file(folder / "model.safetensors")
-        change(state)
-        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-
-    return damage
-
-
-def spoil(state: dict[str, Any]) -> None:
-    name = "model.layers.1.mlp.experts.text."
-    state[f"{name}down_proj"] = state[f"{name}down_proj"].roll(1, 0)  # each expert has another one's
-    del state[f"{name}auxiliary.hidden"]  # transformers would make a new one and go on
-
-
 def test_the_gate_refuses(runs: Path, tmp_path: Path) -> None:
     out = tmp_path / "hf"
     status, error = forked(damaging("files", rewrite_weights(spoil), runs / "tiny", out))
     assert status == 4 and "the gate refuses" in error, error
     assert "missing keys: model.layers.1.mlp.experts.text.auxiliary.hidden" in error and "logits differ by" in error
     assert list(tmp_path.iterdir()) == []
-
-
-def forget_the_cache(folder: Path) -> None:
-    """The model ignores the cache under the name that generate() gives it, and takes it under the other one."""
-    file = folder / "modeling_moma.py"
-    code, argument = file.read_text(), "**{CACHE: one_cache(cache, past_key_values)}"
-    assert code.count(argument) == 1
-    file.write_text(code.replace(argument, "**{CACHE: past_key_values}"))
 
 
 @pytest.mark.long

@@ -28,7 +28,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 SETTING = re.compile(r"[a-z_]+(\.[a-z_0-9]+)+=")
 # Every other command's example is parsed only, for this reason.
 NOT_RUN = {
-    "doctor": "test_cli.py does, for a folder that is here",
+    "doctor": "test_cli_commands.py does, for a folder that is here",
     "train": "trains",
     "verify-layout": "trains",
     "eval": "a trained run",

@@ -23,7 +23,7 @@ from torch import Tensor
 from checkpoints_tools import copying, folders
 from checkpoints_tools.sources import open_source
 from checkpoints_tools.tensor_values import find, values
-from mmscale.checkpoint import archive, integrity, plain, publish, rewrite, zarr_arrays
+from mmscale.checkpoint import archive, integrity, rewrite, zarr_arrays
 from mmscale.checkpoint.archive import ArchiveTensors
 from mmscale.checkpoint.layout import INFO, Store
 from mmscale.checkpoint.manager import CheckpointManager
@@ -353,12 +353,6 @@ def test_killed_while_restoring(made: Path, tmp_path: Path, stage: str) -> None:
     assert store.steps() == [7] and integrity.verify(store.path(7), step=7) == []
 
 
-def test_what_is_being_written_is_not_swept(tmp_path: Path) -> None:
-    with publish.folder(tmp_path / "out") as first, publish.folder(tmp_path / "out") as second:
-        assert first.is_dir() and second.is_dir() and first != second
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_no_room(run: Path, made: Path, tmp_path: Path) -> None:
     """A limit on the size of files stands for a full disk: one line of cause, and nothing is left."""
 
@@ -398,74 +392,3 @@ def test_names(made: Path) -> None:
     for name in ("", "..", ".hidden", "../../x", "x" * 300):
         with pytest.raises(CheckpointError, match="cannot be the name of a folder"):
             archive.folder_of(name)
-
-
-def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
-    """6 tensors of 24 MiB: archiving, restoring and resharding take less than two of them and buffers."""
-    largest, number, buffers = 24 << 20, 6, 24 << 20
-
-    class Many:
-        path, step = tmp_path, 1
-
-        def names(self, *, weights: bool = False) -> list[str]:
-            return [f"w{index:02d}" for index in range(number)]
-
-        def entry(self, name: str) -> Any:
-            return archive.TensorEntry(name, (largest // 4096, 1024), torch.float32)
-
-        def read(self, name: str, region: Any = None) -> Tensor:
-            return torch.full((largest // 4096, 1024), float(name[1:]))
-
-        def manifest(self) -> integrity.CheckpointManifest:
-            return integrity.CheckpointManifest(1, 1, "", "", {}, {})
-
-        def info(self) -> dict[str, Any]:
-            return {}
-
-        common = objects = info
-
-    def peak_of(action: Callable[[], Any]) -> int:
-        def status(field: str) -> int:
-            lines = Path("/proc/self/status").read_text().splitlines()
-            return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field))
-
-        before = status("VmRSS:")
-        Path("/proc/self/clear_refs").write_text("5")
-        action()
-        return status("VmHWM:") - before
-
-    def check() -> None:
-        grid = Grid(shard_bytes=2 << 20)
-        zarr_arrays.write(tmp_path / "warm", torch.zeros(3), grid=grid)
-        source: TensorSource = Many()
-        peaks = {"archive": peak_of(lambda: archive.write(source, tmp_path / "out", grid=grid))}
-        kept = ArchiveTensors(tmp_path / "out")
-        origin = origin_of("restore", [kept])
-        whole, rewrite.PIECE_BYTES = rewrite.PIECE_BYTES, 1 << 20  # in a fork
-        peaks["restore"] = peak_of(lambda: rewrite.into_run(kept, tmp_path / "run", origin=origin))
-        rewrite.PIECE_BYTES = whole
-        one = open_tensors(tmp_path / "run")
-        peaks["reshard"] = peak_of(lambda: rewrite.into_run(one, tmp_path / "again", origin=origin))
-        print(peaks)
-        assert max(peaks.values()) < 2 * largest + buffers <= number * largest / 2, peaks
-
-    forked(check)
-
-
-def test_settings_come_back_exactly() -> None:
-    value = {"a": (1, [2.5, (None,)]), 3: b"\x00\xff", "t": torch.tensor([[1.5, -2.0]]).bfloat16(), "__tuple__": True}
-    back = plain.decode(json.loads(json.dumps(plain.encode(value))))
-    assert back.keys() == value.keys() and back["a"] == value["a"] and isinstance(back["a"][1][1], tuple)
-    assert back[3] == value[3] and torch.equal(back["t"], value["t"]) and back["t"].dtype == torch.bfloat16
-    with pytest.raises(CheckpointError, match="hold a object"):
-        plain.encode({"x": object()})
-
-
-@pytest.mark.parametrize("shape", [(), (1,), (7,), (0, 4), (5, 7, 3), (3, 1000), (4, 64, 2, 16)])
-def test_boxes_of_a_grid_cover_every_element_once(shape: tuple[int, ...]) -> None:
-    covered = torch.zeros(shape, dtype=torch.int)
-    for box in zarr_arrays.boxes(shape, SMALL.shard(shape, 4)):
-        covered[box] += 1
-    assert (covered == 1).all()
-    for chunk, shard in zip(SMALL.chunk(shape, 4), SMALL.shard(shape, 4), strict=True):
-        assert chunk >= 1 and shard % chunk == 0

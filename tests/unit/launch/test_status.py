@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
-import shutil
-import tempfile
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -361,87 +356,3 @@ def test_without_an_answer_the_runs_own_word_counts(slurm: FakeSlurm, tmp_path: 
     assert (other["state"], other["ended"]) == ("unknown", False)
     assert (third["state"], third["reason"]) == ("finished", "")
     assert status.ended(over, JobTable()) and not status.ended(going, JobTable())
-
-
-@pytest.fixture
-def nobody() -> Iterator[Path]:
-    """A folder that all can read, and for root another user, who may not read everything."""
-    folder = Path(tempfile.mkdtemp())
-    folder.chmod(0o755)
-    yield folder
-    os.seteuid(os.getuid())
-    shutil.rmtree(folder)
-
-
-def test_another_users_folder_is_said_to_be_one(nobody: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = FakeSlurm(nobody / "bin", **{"8": JobState("8", "RUNNING")})
-    monkeypatch.setenv("PATH", f"{fake.folder}:/usr/bin:/bin")
-    theirs, mine = (
-        launched(nobody / name, records.JobKey(number)) for name, number in (("theirs", "7"), ("mine", "8"))
-    )
-    closed = theirs / "launch" / "001"
-    closed.chmod(0)
-    if os.getuid() == 0:
-        fake.open_to_all()
-        os.seteuid(65534)
-    one, other = status.status([theirs, mine])
-    assert one["state"] == "unreadable" and f"no permission to read {closed}" in one["reason"]
-    assert "chmod" in one["reason"] and other["state"] == "RUNNING"
-    assert status.known(nobody)[-2:] == [mine, theirs]
-    with pytest.raises(LaunchError, match="no permission to read"):
-        status.status([theirs])
-
-
-@pytest.mark.parametrize(
-    ("attempt", "logged", "end", "step"),
-    [(1, 70, 78, 78), (1, 78, 78, 78), (2, 70, 78, 70), (0, 150, 110, 110)],
-    ids=["stopped after the last logged step", "at it", "an attempt after it has logged", "rolled back before it"],
-)
-def test_the_step_is_the_one_that_was_saved_and_not_only_the_last_logged_one(
-    tmp_path: Path, attempt: int, logged: int, end: int, step: int
-) -> None:
-    run = tmp_path / "run"
-    happened(run, START, ("stop", {"step": end}))
-    (run / "config.yaml").write_text("train: {steps: 300}\n")
-    (run / "metrics.jsonl").write_text(json.dumps({"step": logged, "attempt": attempt, "loss": 1.0}) + "\n")
-    assert (shown(run)["step"], shown(run)["steps"]) == (step, 300)
-
-
-@pytest.mark.parametrize("end", [("finish", {"step": 20}), None], ids=["finished", "killed"])
-def test_the_goodput_of_a_local_run_does_not_shrink_after_its_end(
-    tmp_path: Path, end: tuple[str, dict[str, Any]] | None
-) -> None:
-    """Without a launcher nothing records the end of a killed process: the last written line counts."""
-    run, now = tmp_path / "run", time.time()
-    run.mkdir()
-    begun = {"time": now - 1000, "attempt": 1, "event": "start", "step": 0, "since": now - 1010}
-    events = [begun] + ([{"time": now - 980, "attempt": 1, "event": end[0], **end[1]}] if end else [])
-    (run / "events.jsonl").write_text("".join(json.dumps(one) + "\n" for one in events))
-    last = {"step": 20, "attempt": 1, "loss": 1.0, "step_time_s": 1.0, "time": now - 980}
-    first = last | {"step": 1, "time": now - 999}
-    (run / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in (first, last)))
-    found = shown(run)
-    assert found["goodput"] == pytest.approx(20 / 30, abs=0.01)
-    assert (found["time"]["start_up"], found["time"]["steps"]) == (10.0, 20.0)
-
-
-def test_resume_of_a_run_that_train_started_says_how_it_goes_on(tmp_path: Path) -> None:
-    """`status`, `logs` and `stop` know such a run, so "never launched" alone would send its user to a cluster."""
-    run = tmp_path / "run"
-    with run_lock.RunLock(run, by="train") as lock:
-        lock.acquire("train-1", attempt=1)
-    with pytest.raises(LaunchError, match="was started by `mmscale train`") as refused:
-        control.resume(run)
-    assert "start the same `mmscale train` again" in refused.value.remedy
-    (run / "lease.json").unlink()
-    with pytest.raises(LaunchError, match="was never launched"):
-        control.resume(run)
-
-
-def test_stages_of_a_stage_are_listed_after_it(tmp_path: Path) -> None:
-    """Causal routers are trained after fine-tuning, in its folder."""
-    places = ["run", "run/auxiliary", "run/sft", "run/sft/auxiliary", "sun"]
-    for place in places:
-        (tmp_path / place).mkdir()
-        (tmp_path / place / "config.yaml").write_text("train: {steps: 4}\n")
-    assert status.known(tmp_path) == [tmp_path / place for place in places]

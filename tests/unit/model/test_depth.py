@@ -23,17 +23,8 @@ from tests.unit.model.comparison import (
     run_model,
     weights_of,
 )
-from tests.unit.model.reference import (
-    Reference,
-    batch_of,
-    choose_depth,
-    depth,
-    depth_numbers,
-    moma_experts,
-    random_documents,
-    tiny,
-    usual_batch,
-)
+from tests.unit.model.reference import Reference, batch_of, depth, moma_experts, random_documents, tiny, usual_batch
+from tests.unit.model.reference_parts import choose_depth, depth_numbers
 
 CHOICES = ("mixed", "per_modality")
 POST = ("post", "post_per_expert")

@@ -14,7 +14,7 @@ from torch import Tensor
 from mmscale.config.derived import experts_of_ranks
 from mmscale.model import experts as module
 from mmscale.model.experts import Experts, from_experts, to_experts
-from tests.unit.model.reference import swiglu
+from tests.unit.model.reference_parts import swiglu
 
 HIDDEN, INNER = 6, 5
 

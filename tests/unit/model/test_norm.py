@@ -12,14 +12,8 @@ from torch import Tensor
 
 from mmscale.model.norm import Residual, RMSNorm
 from tests.unit.model.comparison import facts_of, params_of, run_layer, weights_of
-from tests.unit.model.reference import (
-    Reference,
-    batch_of,
-    moma_experts,
-    random_documents,
-    rms_norm,
-    tiny,
-)
+from tests.unit.model.reference import Reference, batch_of, moma_experts, random_documents, tiny
+from tests.unit.model.reference_parts import rms_norm
 
 EPS = 1e-5
 

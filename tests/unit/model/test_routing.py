@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mmscale.model.capacity import Slots
 from mmscale.model.routing import Selection, combine, depth_choice, expert_choice, gumbel_noise, noise_key
-from tests.unit.model.reference import Choice, choose
+from tests.unit.model.reference_parts import Choice, choose
 
 WIDTH = 3
 quick = settings(max_examples=60, deadline=None, derandomize=True)

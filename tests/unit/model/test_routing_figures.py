@@ -1,0 +1,142 @@
+"""Figures of routing: counts of whole models and of layers, counted again one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+
+from mmscale.config import Config, ExpertsConfig
+from mmscale.model.mixed_modal import RoutingStats
+from mmscale.train.log.layers_log import fractions
+from tests.unit.model.comparison import (
+    facts_of,
+    params_of,
+    run_model,
+    weights_of,
+)
+from tests.unit.model.reference import (
+    SHARE,
+    Batch,
+    Reference,
+    batch_of,
+    depth,
+    moma_experts,
+    random_documents,
+    tiny,
+    usual_batch,
+)
+from tests.unit.model.test_moma import UNEVEN
+
+# --- figures --------------------------------------------------------------------------------------------------------
+
+
+def expected_figures(config: Config, model: GPTModel, hidden: Tensor, batch: Batch, group: str) -> tuple[float, ...]:
+    """Unrouted share, and coefficients of variation of experts' tokens and of their gates, counted one by one."""
+    facts = facts_of(batch)
+    chosen = Reference(config, weights_of(model)).gates("decoder.layers.0.", group, list(hidden.unbind(1)), facts)
+    modality = config.vocab.names.index(group)
+    own = [(b, i) for b, f in enumerate(facts) for i, m in enumerate(f.modality) if m == modality]
+    routed = {(b, i) for _, b, i in chosen}
+    experts = range(config.model.experts.counts[group])
+    filled = [float(sum(e == expert for e, _, _ in chosen)) for expert in experts]
+    mass = [float(sum(gate for (e, _, _), gate in chosen.items() if e == expert)) for expert in experts]
+    unrouted = sum(place not in routed for place in own) / len(own) if own else 0.0
+    return unrouted, _variation(filled), _variation(mass)
+
+
+def _variation(values: list[float]) -> float:
+    """Standard deviation over mean."""
+    mean = sum(values) / len(values)
+    return (sum((value - mean) ** 2 for value in values) / len(values)) ** 0.5 / mean if mean else 0.0
+
+
+@pytest.mark.parametrize("scope", ["sequence", "micro_batch"])
+@pytest.mark.parametrize("image", [0.0, 0.3])
+def test_routing_figures_are_counts(scope: str, image: float, build: Callable[..., GPTModel]) -> None:
+    config = tiny(experts=moma_experts(scope=scope, share=UNEVEN, capacity_factor=0.4))
+    model = build(config)
+    batch = batch_of(
+        [random_documents((12,), seed=3, image=image), random_documents((9,), seed=4, image=image)], length=12
+    )
+    hidden = torch.randn(12, 2, 16, generator=torch.Generator().manual_seed(9))
+    stats = RoutingStats()
+    model.decoder.layers[0].mlp(hidden, padding_mask=params_of(batch, stats=stats))
+    assert {layer for layer, _ in stats.values} == {1}
+    got = {name: float(value) for name, value in stats.means().items()}
+    for group in ("text", "image"):
+        unrouted, variation, mass = expected_figures(config, model, hidden, batch, group)
+        assert got[f"experts/{group}/unrouted_fraction"] == pytest.approx(unrouted, abs=1e-6)
+        assert got[f"experts/{group}/tokens_per_expert_cv"] == pytest.approx(variation, abs=1e-6)
+        assert got[f"experts/{group}/gate_mass_cv"] == pytest.approx(mass, abs=1e-6)
+    assert 0.0 < got["experts/text/unrouted_fraction"] < 1.0
+
+
+@pytest.mark.parametrize("kind", ["moma", "moe"])
+def test_counts_of_a_layer_are_counted_one_by_one(kind: str, build: Callable[..., GPTModel]) -> None:
+    """Load, gates, co-selection and tokens nobody took by modality, also where one group takes both."""
+    experts = moma_experts(share=UNEVEN, capacity_factor=0.7)
+    if kind == "moe":
+        experts = ExpertsConfig(counts={"mixed": 3}, share=SHARE, capacity_factor=0.7)
+    config = tiny(kind, experts=experts)
+    model, batch, stats = build(config), usual_batch(), RoutingStats(modalities=2)
+    hidden = torch.randn(12, 2, 16, generator=torch.Generator().manual_seed(9))
+    model.decoder.layers[0].mlp(hidden, padding_mask=params_of(batch, stats=stats))
+    got = fractions({key: value.numpy() for key, value in stats.counts.items()}, config.vocab.names)["0"]["experts"]
+    facts, reference = facts_of(batch), Reference(config, weights_of(model))
+    for group, number in experts.counts.items():
+        gates = reference.gates("decoder.layers.0.", group, list(hidden.unbind(1)), facts)
+        for index, modality in enumerate(config.vocab.names):
+            own = {(b, i) for b, f in enumerate(facts) for i, m in enumerate(f.modality) if m == index}
+            taken = [{(b, i) for e, b, i in gates if e == expert and (b, i) in own} for expert in range(number)]
+            if group not in (modality, "mixed"):
+                assert modality not in got[group]
+                continue
+            found = got[group][modality]
+            assert found["unrouted"] == pytest.approx(1 - len(set().union(*taken)) / len(own), abs=1e-5)
+            assert found["load"] == pytest.approx([len(t) / len(own) for t in taken], abs=1e-5)
+            means = [sum(float(gates[e, b, i]) for b, i in t) / max(1, len(t)) for e, t in enumerate(taken)]
+            assert found["gate"] == pytest.approx(means, abs=1e-4)
+            assert ("coselection" in found) == (number > 1)
+            for first, row in zip(taken, found.get("coselection", []), strict=number > 1):
+                assert row == pytest.approx([len(first & t) / max(1, len(first)) for t in taken], abs=1e-5)
+
+
+def test_output_norm_of_every_layer_by_modality(build: Callable[..., GPTModel]) -> None:
+    config = tiny(depth=depth())
+    model, batch, stats = build(config), usual_batch(), RoutingStats(modalities=2)
+    outputs: list[Tensor] = []
+    hooks = [layer.register_forward_hook(lambda _m, _i, out: outputs.append(out[0])) for layer in model.decoder.layers]
+    run_model(model, batch, stats=stats)
+    for hook in hooks:
+        hook.remove()
+    got = fractions({key: value.numpy() for key, value in stats.counts.items()}, config.vocab.names)
+    for layer, output in enumerate(outputs):
+        for index, modality in enumerate(config.vocab.names):
+            places = [(i, b) for b, f in enumerate(facts_of(batch)) for i, m in enumerate(f.modality) if m == index]
+            mean = sum(float(output[i, b].norm()) for i, b in places) / len(places)
+            assert got[str(layer)]["output_norm"][modality] == pytest.approx(mean, rel=1e-4)
+    assert set(got["0"]["depth"]) == {"text", "image"} and "depth" not in got["1"]
+    for modality, share in got["0"]["depth"].items():
+        assert share == pytest.approx(float(stats.values[1, f"depth/selected_fraction/{modality}"]), rel=1e-4)
+
+
+def test_figures_of_layers_are_averaged_and_detached(build: Callable[..., GPTModel]) -> None:
+    stats = RoutingStats()
+    run_model(build(tiny()), usual_batch(), stats=stats)
+    assert {layer for layer, _ in stats.values} == {1, 2}
+    assert not any(value.requires_grad for value in stats.values.values())
+    for name, mean in stats.means().items():
+        own = {layer: float(value) for (layer, key), value in stats.values.items() if key == name}
+        assert float(mean) == pytest.approx(sum(own.values()) / len(own))
+        assert list(own) == ([2] if name == "output_norm" else [1, 2])
+
+
+def test_figures_change_no_result(build: Callable[..., GPTModel]) -> None:
+    model, batch = build(tiny(depth=depth())), usual_batch()
+    plain = run_model(model, batch)
+    for modalities in (0, 2):
+        assert torch.equal(plain, run_model(model, batch, stats=RoutingStats(modalities=modalities)))

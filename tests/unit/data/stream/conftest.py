@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from mmscale.data.prepared import table_facts
+from mmscale.data.stream import packing_cache
 from mmscale.tables.settings import DATA_ORDERS
 from tests.unit.data.corpora import corpus, prepare
 from tests.unit.data.stream.mixtures import DOCUMENTS, OPTIONS, SMALL_BLOCKS
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _small_packings() -> Iterator[None]:
+    """A packing holds a few epochs of these sets; of 65,536 documents it would hold hundreds, of which one is read."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing_cache, "_BLOCK_DOCUMENTS", 256)
+        yield
 
 
 @pytest.fixture(params=list(DATA_ORDERS))

@@ -16,7 +16,6 @@ from mmscale.data.prepared.identity import compare, identities, identity_of
 from mmscale.data.prepared.manifest import parts_of, read_blend, read_manifest, write_manifest
 from mmscale.data.prepared.neighbours import FILE, NO_NEIGHBOUR, read_neighbours, write_neighbours
 from mmscale.data.prepared.selection import write_layer
-from mmscale.data.stream import packing_cache
 from mmscale.data.stream.composites import ComposedSource, NeighbourUse, StoredNeighbours
 from mmscale.data.stream.mixture import Mixture, open_mixture
 from mmscale.data.stream.segments import Place, resume_stream
@@ -34,7 +33,6 @@ RNG = np.random.default_rng(5)
 @pytest.fixture(autouse=True, params=list(DATA_ORDERS))
 def order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each order in turn, with small blocks."""
-    monkeypatch.setattr(packing_cache, "_BLOCK_DOCUMENTS", 256)
     monkeypatch.setitem(DATA_ORDERS, "blocks", dataclasses.replace(DATA_ORDERS["blocks"], block=24, chunk=4, above=40))
     monkeypatch.setitem(test_selection.ORDER, "name", request.param)
 

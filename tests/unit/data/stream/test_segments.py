@@ -21,7 +21,6 @@ from mmscale.config.load import resolve
 from mmscale.data.prepared import table_facts
 from mmscale.data.prepared.identity import SourceIdentity, identities
 from mmscale.data.prepared.manifest import read_blend
-from mmscale.data.stream import packing_cache
 from mmscale.data.stream.blending import blend, blended
 from mmscale.data.stream.blocks import Division
 from mmscale.data.stream.loader import BatchLoader
@@ -42,7 +41,6 @@ DATA: dict[str, Any] = {}
 def order(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each order in turn. Few documents are packed together, so that streams reach several blocks."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packing_cache, "_BLOCK_DOCUMENTS", 256)
         patch.setitem(DATA_ORDERS, "blocks", dataclasses.replace(DATA_ORDERS["blocks"], block=12, chunk=2, above=40))
         patch.setattr(table_facts, "LARGE", 40)
         patch.setitem(DATA, "order", request.param)

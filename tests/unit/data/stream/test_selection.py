@@ -21,7 +21,6 @@ from mmscale.data.prepared.manifest import parts_of, read_blend, read_manifest
 from mmscale.data.prepared.selection import FOLDER, copies, remove_layer, write_layer
 from mmscale.data.prepared.share import nominal_share
 from mmscale.data.prepared.survey import survey
-from mmscale.data.stream import packing_cache
 from mmscale.data.stream.mixture import Mixture, open_mixture
 from mmscale.data.stream.segments import Place, resume_stream
 from mmscale.data.vocab import Vocabulary
@@ -38,7 +37,6 @@ ORDER: dict[str, str] = {}
 @pytest.fixture(autouse=True, params=list(DATA_ORDERS))
 def order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each order in turn, with small blocks."""
-    monkeypatch.setattr(packing_cache, "_BLOCK_DOCUMENTS", 256)
     small = dataclasses.replace(DATA_ORDERS["blocks"], block=24, chunk=4, above=40)
     monkeypatch.setitem(DATA_ORDERS, "blocks", small)
     monkeypatch.setattr(table_facts, "LARGE", 40)

@@ -117,8 +117,7 @@ def test_layouts_equal_one_process(tmp_path: Path, chosen: dict[str, tuple[tuple
     run_ranks(together, world_size=2)
 
 
-# Under token choice ranks have other numbers of empty slots than one process, which must not count in the scales of
-# experts. Mixture-of-Depths layers multiply the rows of chosen tokens only.
+# Under token choice ranks have other numbers of empty slots than one process, which must not count in experts' scales.
 OTHER_MODELS = (("moma_token_choice", "delayed"), ("moma_token_choice", "mxfp8"), ("moma_depth", "mxfp8"))
 
 

@@ -67,7 +67,7 @@ def test_data_prepare_and_inspect(run: Run, tmp_path: Path) -> None:
     assert result["rejected"] == 1
     status, out, _ = run("data", "inspect", "set")
     assert status == 0
-    assert "1 documents, see rejected.jsonl" in out
+    assert "1 document, see rejected.jsonl" in out
     drawn = json.loads(run("data", "inspect", "set", "--sample", 0, "--json")[1])
     assert "a red bus" in drawn["text"]
     status, _, err = run("data", "prepare", "--documents", "f.jsonl", "--out", "other", "--strict")

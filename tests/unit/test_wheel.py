@@ -98,7 +98,9 @@ def installed(wheel: zipfile.ZipFile, tmp_path_factory: pytest.TempPathFactory) 
         files.extractall(packages)
     (packages / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")  # its own .pth files are not read
     command = folder / "bin" / "mmscale"
-    command.write_text(f"#!{folder}/bin/python\nfrom mmscale.cli import main\nraise SystemExit(main())\n")
+    # As pip writes it: processes that it starts import it, too.
+    lines = ["from mmscale.cli import main", "if __name__ == '__main__':", "    raise SystemExit(main())"]
+    command.write_text("\n".join([f"#!{folder}/bin/python", *lines, ""]))
     command.chmod(0o755)
     return command
 
@@ -130,3 +132,16 @@ def test_a_folder_of_its_own_without_the_clone(installed: Path, tmp_path: Path) 
     run(installed, "data", "prepare", "configs/own.yaml", "--out", "data/own", folder=own)
     run(installed, "train", "configs/own.yaml", *small, folder=own)
     assert "step_00000002" in run(installed, "ckpt", "list", "runs/own", "--json", folder=own)
+
+
+@pytest.mark.long
+def test_the_quickstart_without_the_clone(installed: Path, tmp_path: Path) -> None:
+    """`init`, the program that it writes, and what is prepared by several processes."""
+    run(installed, "init", "quickstart", "--preset", "quickstart", folder=tmp_path)
+    folder = tmp_path / "quickstart"
+    run(installed.parent / "python", "write_documents.py", "--out", "data/digits-documents", folder=folder)
+    run(installed, "data", "prepare", "configs/quickstart.yaml", "--out", "data/digits", folder=folder)
+    manifest = json.loads((folder / "data/digits/manifest.json").read_text())
+    assert [task["name"] for task in manifest["tasks"]] == ["digit"]
+    documents = {name: sum(part["documents"] for part in own["parts"]) for name, own in manifest["splits"].items()}
+    assert documents == {"train": 14980, "validation": 598}

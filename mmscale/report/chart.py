@@ -7,6 +7,10 @@ from dataclasses import dataclass, field
 from mmscale.runs.held_out import HeldOut
 from mmscale.tables.routings import CAUSAL_ROUTINGS
 
+# What the shapes of marks stand for, in their order; there are four, and training never measures top1.
+_FIRST = ("batch", "causal", "threshold", "stage")
+_SHAPES = (*_FIRST, *(one for one in CAUSAL_ROUTINGS if one not in _FIRST))
+
 
 @dataclass(frozen=True)
 class Line:
@@ -84,5 +88,5 @@ class Chart:
 
 
 def mark_of(measured: HeldOut) -> int:
-    """Number of the shape for the routing mode of a held-out value."""
-    return ("batch", *CAUSAL_ROUTINGS).index(measured.routing)
+    """Number of the shape for the routing mode of a held-out value, and for the routers of a later stage."""
+    return _SHAPES.index("stage" if measured.stage else measured.routing)

@@ -96,20 +96,27 @@ class _Builder:
         return [figure for figure in dict.fromkeys(found) if figure.startswith(prefix)]
 
     def _held_out(self, figure: str) -> list[Line]:
-        """A line for each set and routing mode of each run."""
+        """A line for each set and routing mode of each run; with one run, a colour is a set."""
+        measured = [
+            (run, one)
+            for run, history in enumerate(self.histories)
+            for key in history.columns
+            if (one := HeldOut.of(key)) and one.figure == figure
+        ]
+        sets = list(dict.fromkeys(one.name for _, one in measured))
+        kinds = list(dict.fromkeys(one.where for _, one in measured))
+        alone = len(self.names) == 1
         return [
             Line(
                 run,
                 one.key,
-                one.where if len(self.names) == 1 else f"{self.names[run]}, {one.where}",
-                run,
+                one.where if alone else f"{self.names[run]}, {one.where}",
+                sets.index(one.name) if alone else run,
                 points=True,
-                mark=mark_of(one),
+                mark=mark_of(one) if alone or len(sets) == 1 else kinds.index(one.where),
                 best=True,
             )
-            for run, history in enumerate(self.histories)
-            for key in history.columns
-            if (one := HeldOut.of(key)) and one.figure == figure
+            for run, one in measured
         ]
 
     def _validation(self) -> list[Chart]:
@@ -117,7 +124,8 @@ class _Builder:
         sets = dict.fromkeys(one.name for one in measured.values() if one is not None and one.name)
         charts = []
         for name in sets:
-            lines = []
+            lines: list[Line] = []
+            kinds: list[tuple[str, str]] = []  # with several runs a colour is a run, and a shape all that differs else
             for run, history in enumerate(self.histories):
                 own = [one for key, one in measured.items() if key in history.columns and one and one.name == name]
                 for one in own:
@@ -127,7 +135,10 @@ class _Builder:
                     colour = self._colour(modality, 0) if len(self.histories) == 1 else run
                     prefix = "" if len(self.histories) == 1 else f"{self.names[run]}: "
                     label = f"{prefix}{modality or 'loss'} ({one.how})"
-                    lines.append(Line(run, one.key, label, colour, points=True, mark=mark_of(one), best=True))
+                    if (modality, one.how) not in kinds:
+                        kinds.append((modality, one.how))
+                    mark = mark_of(one) if len(self.histories) == 1 else kinds.index((modality, one.how))
+                    lines.append(Line(run, one.key, label, colour, points=True, mark=mark, best=True))
             what = "Held-out documents of one source" if name.startswith(SOURCE) else "A data set of its own"
             note = f"{what} (data.{'blend' if name.startswith(SOURCE) else 'validation'}), by how experts were chosen."
             words = words_of(name)

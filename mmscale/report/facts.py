@@ -53,10 +53,10 @@ def results(
     for key in history.columns:
         value = history.last(key) if key.split("/")[0] in ("loss", EVAL[:-1]) and "z_loss" not in key else None
         if value is not None:
-            facts[_name(key)] = f"{value:.4f}"
-            measured = HeldOut.of(key)
+            measured, shown = HeldOut.of(key), f"{value:.4f}"
             if measured and not measured.name and (chance := chances.get(measured.figure)) is not None:
-                facts[_name(key)] = f"{value:.1%}, guessing {chance:.1%}"
+                shown = f"{value:.1%}, guessing {chance:.1%}"
+            facts[_name(key)] = f"{shown}{_at_step(history, key)}"
     facts |= _best(history, since=since)
     for key, name, form in (
         ("tokens", "tokens", "{:,.0f}"),
@@ -123,6 +123,12 @@ def _kind(history: History, key: str, measured: HeldOut) -> str:
     """The data and the routing of a held-out value, with the step if it belongs to an older checkpoint."""
     step = int(history.measured(key)[0][-1])
     return measured.where if step == int(history.steps[-1]) else f"{measured.where}, step {step:,}"
+
+
+def _at_step(history: History, key: str) -> str:
+    """`, at step 360` if the latest value of a figure is older than the last step; else empty."""
+    step = int(history.measured(key)[0][-1])
+    return "" if step == int(history.steps[-1]) else f", at step {step:,}"
 
 
 def _name(key: str) -> str:

@@ -49,6 +49,7 @@ function inked(line) {
 }
 
 const LEVEL = { stroke: "var(--soft)", "stroke-width": 1.4, "stroke-dasharray": "6 3" };
+const CHARACTER = 6.5; // width of a letter of a chart's texts
 const MANY_MARKS = 80, DASHES = ["7 3", "7 2 2 2", "3 3", "2 3"];
 
 // Place of the lowest value of a line behind its last gap; -1 where there are fewer than two, of which none is worth a mark.
@@ -280,8 +281,10 @@ class Chart {
       for (const cut of run.cuts.filter((one) => own.some((line) => breaks(one, line.key ?? "")))) {
         const place = eventPlace(run, cut), x = place === null ? null : this.sx(place);
         if (x === null || place < this.x0 || place > this.x1) continue;
+        // On the side where it has room.
+        const fits = x + 4 + CHARACTER * cut.text.length < this.box.right;
         parent.append(el("line", { class: "cut", x1: x, x2: x, y1: top, y2: bottom, stroke: "var(--soft)", "stroke-width": 1.4 }),
-          el("text", { class: "cut", x: x + 4, y: top + 9 }, cut.text));
+          el("text", { class: "cut", x: fits ? x + 4 : x - 4, y: top + 9, "text-anchor": fits ? "start" : "end" }, cut.text));
       }
     });
   }

@@ -61,8 +61,14 @@ addEventListener("load", () => {
   // Marks at one place: how each is drawn.
   const marks = [0, 1, 2, 3].map((mark) => ({ path: MARKS[mark](0, 0), ...inked({ mark, colour: 0 }) }));
   const wide = document.documentElement.scrollWidth - document.documentElement.clientWidth;
+  // Labels of breaks that leave their chart.
+  const outside = [...document.querySelectorAll("text.cut")].filter((one) => {
+    const own = one.getBoundingClientRect(), plot = one.closest("svg").getBoundingClientRect();
+    return own.right > plot.right || own.left < plot.left;
+  }).map(words);
+  const breaks = document.querySelectorAll("text.cut").length;
   const cards = document.querySelectorAll(".card").length;
-  document.title = JSON.stringify({ cut, broken, apart, close, marks, wide, cards });
+  document.title = JSON.stringify({ cut, broken, apart, close, marks, wide, cards, outside, breaks });
 });
 </script></body>"""
 WIDTHS = (1300, 760, 500)  # Chromium's narrowest window is 500
@@ -78,7 +84,7 @@ def chromium() -> str:
 
 def eventful(folder: Path) -> Path:
     """A run with tasks, with events of every kind of card, and with settings that changed at its second attempt."""
-    run = with_a_task(make_run(folder, resumed_at=20))
+    run = with_a_task(make_run(folder, resumed_at=27))
     with (run / "events.jsonl").open("a") as file:
         for name in ("spike", "checkpoint_bad", "optimizer_fresh", "held_out_rising"):
             file.write(json.dumps({"time": 1200.0, "attempt": 2, "event": name, "step": 30}) + "\n")
@@ -121,6 +127,10 @@ def test_no_word_of_a_card_is_broken(found: dict[str, Any]) -> None:
 
 def test_pictures_of_legends_do_not_touch_their_words(found: dict[str, Any]) -> None:
     assert found["close"] == []
+
+
+def test_labels_of_breaks_are_inside_their_charts(found: dict[str, Any]) -> None:
+    assert found["breaks"] > 5 and found["outside"] == []
 
 
 def test_headers_stand_above_their_columns(found: dict[str, Any]) -> None:

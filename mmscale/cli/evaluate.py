@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -186,9 +188,8 @@ def _evaluation(result: dict[str, Any]) -> None:
     plain = {key: value for key, value in result.items() if isinstance(value, str | int) and key not in apart}
     pairs((in_words(key), value) for key, value in plain.items())
     shown.print(table)
-    for name, task in tasks.items():
-        if task["not_asked"]:
-            shown.print(f"{name}: questions of {task['from']}; not those of {', '.join(task['not_asked'])}")
+    for line in _other_questions(result):
+        shown.print(line, markup=False)
     for row in result.get("memorisation", ()):
         shown.print(_memorised(row))
     if result.get("routers"):
@@ -198,6 +199,15 @@ def _evaluation(result: dict[str, Any]) -> None:
         shown.print(note, markup=False)
     if result.get("sees_later_tokens") or "batch" in result:
         shown.print("routing batch: experts choose among all tokens of the batch, so these numbers use the future.")
+
+
+def _other_questions(result: dict[str, Any]) -> Iterator[str]:
+    """Questions that were not asked: of a data set whose task has the same name, and files that training asks."""
+    for name, task in result.get("tasks", {}).items():
+        if task["not_asked"]:
+            yield f"{name}: questions of {task['from']}; not those of {', '.join(task['not_asked'])}"
+    for text in result.get("not_asked", ()):
+        yield f"training asks {text} too: --task {shlex.quote(text)}"
 
 
 def _other_extents(result: dict[str, Any]) -> str:

@@ -21,7 +21,7 @@ from mmscale.config.derived import CONDITIONAL
 from mmscale.data.modalities.table import open_codecs
 from mmscale.data.modalities.text_tokens import open_text_tokenizer
 from mmscale.data.prepared.manifest import HELD_OUT, read_manifest
-from mmscale.data.prepared.named_tasks import having, names
+from mmscale.data.prepared.named_tasks import having, names, question_file
 from mmscale.data.prepared.questions import encoder_of, read_questions, tokenizers_folder
 from mmscale.data.prepared.tasks import TaskItem, read_task
 from mmscale.data.stream.answer_requests import AnswerRequest, Answers
@@ -150,7 +150,8 @@ def measured(
         the accuracy of guessing, the file or data set of its questions, and data sets whose task of that name is not
         used); `task/<key>` of each plug-in; for a blend `source/<name>/...`; for each set of `data.validation`
         `validation/<name>/...`; `batches`, `batches_available` and `batches_in_training` of the first of these sets;
-        `extents`, the same for each of them by its name in words; `eval_batches`, the setting.
+        `extents`, the same for each of them by its name in words; `eval_batches`, the setting; `not_asked`, files in
+        `train.tasks` that are not among `questions`.
 
     Raises:
         DataError: the data is missing or damaged, or there is none to evaluate on.
@@ -167,6 +168,8 @@ def measured(
     sets = [("", {Path(source.path): read_manifest(Path(source.path)) for source in config.data.sources})]
     for name, path in config.data.validation.items():
         sets.append((prefix_of(name), {Path(path): read_manifest(Path(path))}))
+    files = {text: question_file(text) for text in config.train.tasks}
+    result["not_asked"] = [text for text, (name, file) in files.items() if file is not None and name not in questions]
     scores: dict[str, dict[str, Any]] = {}
     for prefix, blend in sets:
         for name in names(blend):

@@ -124,6 +124,12 @@ def test_main(trained: Trained, routing: str, step: int) -> None:
     assert (again["batches"], again["batches_in_training"]) == (FEW, FEW)
 
 
+def test_questions_that_only_training_asks_are_named(trained: Trained) -> None:
+    shown = " ".join(ok("eval", trained.run, "--batches", "1").split())
+    assert f"training asks which={trained.which} too: --task which={trained.which}" in shown
+    assert asked(trained.run, "--batches", "1", "--task", trained.which)["not_asked"] == []
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("routing", ["batch", "causal"])
 def test_auxiliary(trained: Trained, config: Path, routing: str, tmp_path: Path) -> None:

@@ -39,12 +39,12 @@ def test_a_run_with_neighbours(config: Path, digits: Path, tmp_path: Path) -> No
     train("parts", 6)
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     assert "neighbours of the documents of" in train("parts", 8, "data.retrieval.neighbours=0", "--yes")
+    evaluate = ("eval", tmp_path / "whole", "--batches", "4", "--json")
     measured = {
-        one: json.loads(mmscale("eval", tmp_path / "whole", "--neighbours", one, "--json").out)["loss"]
-        for one in ("0", "1", "2", "random")
+        one: json.loads(mmscale(*evaluate, "--neighbours", one).out)["loss"] for one in ("0", "1", "2", "random")
     }
     assert len(set(measured.values())) == 4, measured
-    assert json.loads(mmscale("eval", tmp_path / "whole", "--json").out)["loss"] == measured["0"]
+    assert json.loads(mmscale(*evaluate).out)["loss"] == measured["0"]
     for wrong in ("9", "some"):
         assert mmscale("eval", tmp_path / "whole", "--neighbours", wrong).status == 2
 

@@ -19,6 +19,7 @@ CHECKS = ROOT / "tests" / "te_on_cpu"
 SHORT = ("checks_layers.py",)
 LONG = (
     "checks_attention.py",
+    "checks_benchmark.py",
     "checks_context.py",
     "checks_checkpoints.py",
     "checks_steps.py",

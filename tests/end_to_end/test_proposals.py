@@ -50,11 +50,9 @@ def documents(name: str, folder: Path) -> Path:
     return folder / "documents.jsonl"
 
 
-ALWAYS = {("text", "gpu"), ("text, image and audio", "cpu")}
+ALWAYS = {("text", "gpu"): [], ("text, image and audio", "cpu"): [pytest.mark.long]}
 ROWS = [
-    pytest.param(
-        name, machine, marks=[] if (name, machine) in ALWAYS else pytest.mark.exhaustive, id=f"{name}-{machine}"
-    )
+    pytest.param(name, machine, marks=ALWAYS.get((name, machine), [pytest.mark.exhaustive]), id=f"{name}-{machine}")
     for name, machine in itertools.product(SETS, MACHINES)
 ]
 

@@ -40,7 +40,7 @@ def split(word: str) -> tuple[str, str]:
     return word[:4], word[4:]
 
 
-@pytest.mark.parametrize("pictures", [False, True])
+@pytest.mark.parametrize("pictures", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_what_documents_say(pictures: bool, tmp_path: Path) -> None:
     more = ("--keys", "8", "--times", "2", *(["--pictures"] if pictures else []))
     documents = written(tmp_path / "one", *more)

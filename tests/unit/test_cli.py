@@ -222,12 +222,13 @@ def test_a_report_that_cannot_be_written_is_refused_first(run: Run, out: str, ca
 def test_a_missing_run_is_named_by_every_command(run: Run, command: str) -> None:
     status, _, err = run(command, "x")
     assert status == 1
-    assert err.startswith("error: there is no folder x\n  fix: name a folder run.dir/run.name, which appears when")
+    said = f"error: there is no folder x in {Path.cwd()}\n  fix: name a folder run.dir/run.name, which appears when"
+    assert err.startswith(said)
 
 
 def test_bad_data_is_3(run: Run) -> None:
     status, _, err = run("data", "inspect", "nowhere")
-    assert (status, err.splitlines()[0]) == (3, "error: data: there is no folder nowhere")
+    assert (status, err.splitlines()[0]) == (3, f"error: data: there is no folder nowhere in {Path.cwd()}")
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,20 @@ def shell_command(*words: object, program: str = "mmscale") -> str:
     return f"`{program} {shlex.join(map(str, words))}`"
 
 
+def missing(path: Path | str, *, what: str) -> str:
+    """That a file or folder does not exist, as a cause; of a relative path with the place where it was looked for.
+
+    Args:
+        path: the name that was given, or a pattern.
+        what: the kind of file.
+    """
+    place = "" if Path(path).is_absolute() else f" in {Path.cwd()}"
+    return f"there is no {what} {path}{place}"
+
+
 def no_folder(folder: Path) -> str:
-    """That a folder does not exist, as a cause; a relative one with the working directory that it was looked for in."""
-    return f"there is no folder {folder}" if folder.is_absolute() else f"there is no folder {folder} in {Path.cwd()}"
+    """`missing` for a folder."""
+    return missing(folder, what="folder")
 
 
 class MmscaleError(Exception):

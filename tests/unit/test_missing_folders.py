@@ -1,4 +1,4 @@
-"""A missing folder is named with the place where it was looked for: paths are relative to the working directory."""
+"""What is missing is named with the place where it was looked for: paths are relative to the working directory."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ COMMANDS = {
     "resume": ["resume", "{}"],
     "report": ["report", "{}"],
     "inspect": ["data", "inspect", "{}"],
+    "prepare": ["data", "prepare", "--documents", "{}", "--out", "out", "vocab.modalities=[{{name: text, size: 300}}]"],
+    "plan": ["plan", "--data", "{}"],
     "train": ["train", "own.yaml", "data.path={}"],
     "launch": ["launch", "own.yaml", "data.path={}", "--dry-run"],
 }
@@ -35,6 +37,7 @@ def test_the_place_is_named(
     named = "some/where" if relative else str(tmp_path / "some/where")
     assert main([word.format(named) for word in COMMANDS[command]]) != 0
     (cause,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
-    assert f"there is no folder {named}" + (f" in {tmp_path}" if relative else "") in cause
+    what = "document file" if command in ("prepare", "plan") else "folder"
+    assert f"there is no {what} {named}" + (f" in {tmp_path}" if relative else "") in cause
     assert cause.count(str(tmp_path)) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["own.yaml"]

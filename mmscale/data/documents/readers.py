@@ -22,7 +22,7 @@ from mmscale.data.documents.parquet import PARQUET
 from mmscale.data.documents.schema import Document, Rejected, SplitName
 from mmscale.data.documents.slices import Format, ReadSettings, RecordRun
 from mmscale.data.documents.webdataset import WEBDATASET
-from mmscale.errors import DataError
+from mmscale.errors import DataError, missing
 
 FORMATS: dict[str, Format] = {
     ".jsonl": JSONL,
@@ -153,8 +153,9 @@ def _local(pattern: str) -> list[Path]:
 
 
 def _none(pattern: str) -> DataError:
+    what = "document file"
     return DataError(
-        f"data.prepare: there is no document file {pattern}",
+        f"data.prepare: {f'there is no {what} {pattern}' if is_remote(pattern) else missing(pattern, what=what)}",
         remedy="correct the path or pattern (data.prepare.documents, --documents or --data); relative ones start in "
         "the folder where the command runs",
     )

@@ -29,20 +29,23 @@ def new_figure(*, width: float, height: float) -> Figure:
 
 
 def mark_cuts(axes: Axes, cuts: Iterable[tuple[float, str]]) -> None:
-    """Vertical lines at breaks, with the text of each change.
+    """Vertical lines at breaks, with the text of each change on the side where it has room.
 
     Args:
-        axes: the panel.
+        axes: the panel, in which all curves are drawn.
         cuts: place and text of each.
     """
+    first, last = axes.dataLim.intervalx
     for place, text in dict(cuts).items():
+        left = place - first > 0.6 * (last - first)
         axes.axvline(place, color=GREY, linewidth=1.0, linestyle=(0, (6, 2)), zorder=1)
         axes.annotate(
             text,
             (place, 1.0),
             xycoords=axes.get_xaxis_transform(),
-            xytext=(3, -3),
+            xytext=(-3 if left else 3, -3),
             textcoords="offset points",
+            ha="right" if left else "left",
             va="top",
             fontsize=7.5,
             color=GREY,

@@ -125,7 +125,6 @@ def _history(run: Path) -> History:
 
 def _draw_losses(axes: Axes, runs: Mapping[str, _Run]) -> None:
     modalities = [f"{_LOSS}{name}" for name in modalities_of([run.history for run in runs.values()])]
-    mark_cuts(axes, [(cut.step, cut.text) for run in runs.values() for cut in run.cuts])
     for number, (name_of_run, run) in enumerate(runs.items()):
         prefix = f"{name_of_run}: " if len(runs) > 1 else ""
         for place, key in enumerate(modalities or ["loss"]):
@@ -148,6 +147,7 @@ def _draw_losses(axes: Axes, runs: Mapping[str, _Run]) -> None:
                     markeredgecolor=colour,
                     markeredgewidth=1.0,
                 )
+    mark_cuts(axes, [(cut.step, cut.text) for run in runs.values() for cut in run.cuts])
     axes.set_title("Loss per token" if not modalities else "Loss per token of each modality", loc="left", fontsize=11)
     axes.set_ylabel("cross-entropy [nats]")
     axes.set_xlabel("step")

@@ -104,7 +104,6 @@ def _draw_charts(charts: Sequence[Chart], drawn: Curves, runs: Sequence[Run], fi
 
 def _draw_chart(axes: Axes, chart: Chart, drawn: Curves, runs: Sequence[Run]) -> None:
     cuts = [(cut.step, cut.text) for line in chart.lines for cut in runs[line.run].cuts if cut.breaks(line.key)]
-    mark_cuts(axes, () if chart.raw else cuts)
     for line in chart.lines:
         curve = drawn.found.get((line.run, line.key))
         if curve is None:
@@ -141,6 +140,7 @@ def _draw_chart(axes: Axes, chart: Chart, drawn: Curves, runs: Sequence[Run]) ->
                 axes.plot(*place, "o", color=colour, markersize=11, markerfacecolor="none", markeredgewidth=1.5)
         else:
             _draw_curve(axes, curve, colour=colour, label=line.label, raw=chart.raw)
+    mark_cuts(axes, () if chart.raw else cuts)
     _draw_levels(axes, chart.levels)
     title = f"{chart.title} [{chart.unit}]" if chart.unit else chart.title
     note = " ".join(filter(None, (chart.note, _RING if any(line.best for line in chart.lines) else "")))
@@ -157,7 +157,7 @@ def _draw_chart(axes: Axes, chart: Chart, drawn: Curves, runs: Sequence[Run]) ->
     axes.xaxis.set_major_formatter(engineering)
     dress(axes)
     whole_steps(axes)
-    if len(chart.lines) > 1:
+    if len(chart.lines) > 1 or chart.levels:
         axes.legend(frameon=False, fontsize=7.5, ncols=2 if len(chart.lines) > 4 else 1)
 
 

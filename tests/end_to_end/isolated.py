@@ -2,7 +2,7 @@
 # one interpreter imports them, and each gate runs in a fork of it. It imports nothing of mmscale, as the gate demands.
 """Programs of `gate.run_isolated` in forks of one isolated interpreter.
 
-    python -I isolated.py SOCKET     # that interpreter; it ends with its parent
+    python -I isolated.py NAME     # that interpreter, listening at an abstract socket; it ends with its parent
 
 A program gets its own arguments, environment, working directory and folder of dynamic modules. Modules read some
 variables (HF_HUB_OFFLINE) only when they are imported, and these are the same for every gate.
@@ -36,10 +36,9 @@ def start() -> None:
     if _server is not None:
         return
     _folder = tempfile.TemporaryDirectory(prefix="mmscale-isolated-")
-    path = Path(_folder.name) / "socket"
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HF_"))}
     environment |= _OFFLINE | {"HF_HOME": _folder.name}
-    command = [sys.executable, "-I", __file__, str(path)]
+    command = [sys.executable, "-I", __file__, _folder.name]
     _server = subprocess.Popen(command, env=environment, cwd=_folder.name, stdout=subprocess.PIPE, text=True)
     assert _server.stdout is not None and _server.stdout.readline() == "ready\n"
 
@@ -71,7 +70,7 @@ def run(command: Sequence[str], *, cwd: Path, environment: Mapping[str, str]) ->
     with contextlib.ExitStack() as opened:
         out, err = (opened.enter_context(tempfile.TemporaryFile()) for _ in range(2))
         call = opened.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
-        call.connect(str(Path(_folder.name) / "socket"))
+        call.connect(f"\0{_folder.name[-100:]}")
         asked = json.dumps({"command": list(command), "cwd": str(cwd), "environment": dict(environment)}).encode()
         descriptors = array.array("i", [out.fileno(), err.fileno()])
         call.sendmsg([asked], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, descriptors)])
@@ -83,7 +82,7 @@ def run(command: Sequence[str], *, cwd: Path, environment: Mapping[str, str]) ->
     return subprocess.CompletedProcess(list(command), int(status) if status else -9, *texts)
 
 
-def _serve(path: str) -> None:
+def _serve(name: str) -> None:
     import ctypes
     import gc
 
@@ -93,7 +92,7 @@ def _serve(path: str) -> None:
 
     torch.set_num_threads(1)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    listener.bind(path)
+    listener.bind(f"\0{name[-100:]}")
     listener.listen()
     gc.freeze()
     print("ready", flush=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from mmscale.config import Config
 from mmscale.runtime import groups
 from mmscale.runtime.rank_env import RankEnv
@@ -25,19 +27,40 @@ def computed(settings: Config, **experts: Any) -> Config:
     return settings.model_copy(update={"model": model.model_copy(update={"experts": changed})})
 
 
-def test_overlapped_exchange_equals_one_process(references: References) -> None:
+SHORT = ("moe", "moma_depth")  # in `make test`
+
+
+@pytest.mark.parametrize(
+    "models",
+    [SHORT, pytest.param(tuple(name for name in CASES if name not in SHORT), marks=pytest.mark.long)],
+    ids=["", "more"],
+)
+def test_overlapped_exchange_equals_one_process(references: References, models: tuple[str, ...]) -> None:
     """And to the last bit what the exchange in one message gives."""
-    expected = {model: references.get(config(model)) for model in (*CASES, "moma")}
+    expected = {model: references.get(config(model)) for model in models}
 
     def steps(ranks: RankEnv) -> None:
         groups.start(ranks)
-        for model, parallel in CASES.items():
+        for model in models:
+            parallel = CASES[model]
             found = trace(config(model, parallel={"ep": 2, "overlap_experts": True, **parallel}), ranks)
             assert_equal(expected[model], found, f"{model} {parallel}")
             if model == "moe":
                 assert found == trace(config(model, parallel={"ep": 2}), ranks)
+        groups.finalize()
+
+    run_ranks(steps, world_size=2, timeout_s=600)
+
+
+@pytest.mark.long
+def test_other_computations_of_experts_equal_one_process(references: References) -> None:
+    """`tests/unit/model/test_expert_compute.py` compares them in one process."""
+    expected = references.get(config("moma"))
+
+    def steps(ranks: RankEnv) -> None:
+        groups.start(ranks)
         other = computed(config("moma", parallel={"ep": 2}), compute="grouped_mm", fused_swiglu=True)
-        assert_equal(expected["moma"], trace(other, ranks), "grouped_mm, fused")
+        assert_equal(expected, trace(other, ranks), "grouped_mm, fused")
         groups.finalize()
 
     run_ranks(steps, world_size=2, timeout_s=600)

@@ -178,11 +178,16 @@ def test_pytest_takes_the_arguments_of_a_stream(tmp_path: Path) -> None:
         "[pytest]\nmarkers =\n  long: x\n  exhaustive: x\naddopts = -m 'not exhaustive'\n"
     )
     command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-m", streams.SELECTED["test"]]
+    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     found = [
         line
         for stream in streams.STREAMS["test"]
         for line in subprocess.run(
-            [*command, *streams.arguments(stream, "test")], cwd=tmp_path, capture_output=True, text=True
+            [*command, *streams.arguments(stream, "test")],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
         ).stdout.splitlines()
         if "::" in line
     ]

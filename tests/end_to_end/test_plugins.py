@@ -118,7 +118,7 @@ READERS = {
     "report": ("report {run} --out {out}.html --no-png", 0, "wrote"),
     "compare": ("compare {run} {run}", 2, "there is nothing to compare"),
     "eval": ("eval {run} --batches 1", 0, "perplexity"),
-    "sample": ("sample {run} --prompt draw --count 1 --out {out}", 0, "drew 1 images"),
+    "sample": ("sample {run} --prompt draw --count 1 --out {out}", 0, "drew 1 image "),
     "plan": ("plan {run}/config.yaml", 0, "note: optim.schedule is 'one_cycle'.*the plan needs no plug-in"),
     "ckpt list": ("ckpt list {run}", 0, "2 ranks"),
     "ckpt show": ("ckpt show {run}@4", 0, "parameters"),

@@ -53,7 +53,7 @@ _SLURM_TOO = tuple(
 )
 # Ranks are forks of the process that collected the tests, and a fork costs the more, the more modules that process has
 # imported. These folders import nothing of transformers, pandas or matplotlib.
-_RANKS = ("distributed", *(f"unit/{name}" for name in ("checkpoint", "resilience", "runtime", "train")))
+_RANKS = ("distributed", *(f"unit/{name}" for name in ("checkpoint", "model", "resilience", "runtime", "train")))
 # Balanced by CPU time, as docs/results/durations.md has it, and one more than two cores compute at once, because tests
 # wait for disks and processes. tests/slurm waits for SLURM more than it computes.
 STREAMS: dict[str, tuple[Stream, ...]] = {

@@ -32,7 +32,7 @@ def test_neighbours_share_nearly_equally(ways: tuple[int, int]) -> None:
     assert max(map(len, found)) - min(map(len, found)) <= 1
 
 
-@pytest.mark.parametrize("asynchronous", [True, False])
+@pytest.mark.parametrize("asynchronous", [pytest.param(True, marks=pytest.mark.long), False])
 def test_a_checkpoint_of_fewer_files_is_the_same(tmp_path: Path, asynchronous: bool) -> None:
     """With each number of writers; and it is read by ranks that write otherwise."""
 

@@ -304,8 +304,7 @@ RESUMED: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
 @pytest.mark.parametrize(
     "row",
     [
-        RESUMED[0],
-        *(pytest.param(row, marks=pytest.mark.long) for row in RESUMED[1:3]),
+        *(pytest.param(row, marks=pytest.mark.long) for row in RESUMED[:3]),
         pytest.param(RESUMED[3], marks=pytest.mark.exhaustive),
     ],
     ids=lambda row: row[0],

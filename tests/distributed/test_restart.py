@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+import pytest
 import torch
 
 from mmscale.checkpoint.manager import CheckpointManager
@@ -44,6 +45,7 @@ def leg(config: Config, folder: Path, ranks: RankEnv, *, load: int | None, until
     return "\n".join(map(float.hex, taken.losses + taken.norms)) + f"\n{content.hexdigest()}"
 
 
+@pytest.mark.long
 def test_dropout_goes_on_bit_by_bit(tmp_path: Path) -> None:
     """Two ranks, 3 steps + a save + new processes with another seed + 3 steps, against 6 steps in one go."""
     config = with_dropout(settings("moma"))

@@ -34,7 +34,7 @@ def fine_tuned(export: Path, out: Path) -> Path:
     return out
 
 
-@pytest.mark.parametrize("name", ["tiny", "dense"])
+@pytest.mark.parametrize("name", ["tiny", pytest.param("dense", marks=pytest.mark.long)])
 def test_a_fine_tuned_export_is_an_export(name: str, exported: Path, tmp_path: Path) -> None:
     hf = fine_tuned(exported / f"{name}-hf", tmp_path / "tuned")
     assert (hf / "experts_moma.py").is_file() == (name == "tiny") and not (hf / "mmscale.json").exists()

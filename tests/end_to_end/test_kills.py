@@ -114,10 +114,18 @@ DEATHS = {
 }
 
 
-def test_one_rank_is_killed_at_every_place(config: Path, reference: dict[int, dict[str, Any]], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "places",
+    [tuple(DEATHS)[:3], pytest.param(tuple(DEATHS)[3:], marks=pytest.mark.long)],
+    ids=["step, save, finalize", "evaluation, hanging writes"],
+)
+def test_one_rank_is_killed_at_every_place(
+    config: Path, reference: dict[int, dict[str, Any]], tmp_path: Path, places: tuple[str, ...]
+) -> None:
     """Rows 2 and 32: the others end by themselves and not well, nobody is left, the next start goes on."""
     lives, shared = Lives(config, tmp_path), shared_memory.entries()
-    for faults, rank in DEATHS.items():
+    for faults in places:
+        rank = DEATHS[faults]
         life = lives.begin(faults)
         statuses = life.end()
         assert statuses.pop(rank) == -signal.SIGKILL, (faults, statuses, life.said)

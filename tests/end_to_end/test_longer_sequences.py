@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from mmscale.runs.metrics import read_metrics
 from tests.end_to_end.running import assert_says, mmscale
 
@@ -17,6 +19,7 @@ LONG = (
 )
 
 
+@pytest.mark.long
 def test_a_run_goes_on_with_longer_sequences_and_yarn(config: Path, tmp_path: Path) -> None:
     train = ("train", config, f"run.dir={tmp_path}", *DENSE, "checkpoint.asynchronous=false", "train.eval_every=0")
     train = (*train, "checkpoint.every=4", "optim.schedule=constant", "optim.warmup=1")

@@ -42,6 +42,7 @@ def held_out(run: str | Path) -> dict[str, Any]:
     return {name: value for name, value in found.items() if isinstance(value, float) and "loss" in name}
 
 
+@pytest.mark.long
 def test_a_stopped_run_resumes_with_the_same_losses(config: Path, runs: Path, tmp_path: Path) -> None:
     """Bit by bit on the same layout; to rounding on two tensor-parallel ranks."""
     whole, settings = losses(runs / "mot"), (config, "run.name=mot", *MAIN, *MODELS["mot"])

@@ -37,6 +37,7 @@ NOTHING_SHORT = {
     "tests/end_to_end/test_going_on_elsewhere.py": "test_going_on",
     "tests/end_to_end/test_grouped_runs.py": "test_grouped_saves; test_damage",
     "tests/end_to_end/test_launch_here.py": "test_local_job restarts real supervisors; test_kills; test_train",
+    "tests/end_to_end/test_longer_sequences.py": "test_going_on changes the length; test_moma stretches positions",
     "tests/end_to_end/test_memory.py": "test_memory_tier",
     "tests/end_to_end/test_quickstart.py": "test_kills; test_prepare_accidents",
     "tests/end_to_end/test_resumed_versions.py": "test_train; needs an environment with other versions",

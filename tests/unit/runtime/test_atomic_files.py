@@ -217,6 +217,7 @@ RENAMES = {
     "launch/agent.py": "status files of ranks that ended before the last restart",
     "mmscale/checkpoint/layout.py": "checkpoints",
     "mmscale/checkpoint/publish.py": "checkpoints",
+    "mmscale/presets/quickstart/write_documents.py": "a program of the user's, uses no mmscale",
     "mmscale/resilience/run_lock.py": "the lease, which is linked first",
     "mmscale/runtime/atomic_files.py": "this helper",
     "slurm/local/cluster.py": "uses no mmscale",

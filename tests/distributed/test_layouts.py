@@ -127,7 +127,7 @@ ALWAYS: dict[int, dict[str, tuple[str, ...]]] = {
 
 # `make test` has these, which meet every kind of parallelism; `make test-long` the other models.
 SHORT: dict[int, tuple[str, ...]] = {
-    2: (EVERYTHING, "dense_tied", "mot_4t1i_depth", "moma_token_choice"),
+    2: (EVERYTHING, "dense_tied"),
     4: (EVERYTHING,),
 }
 

@@ -158,8 +158,8 @@ SAVE_FAULTS: dict[str, tuple[str, int | None, str]] = {
 }
 
 
-# Of saves in which one rank writes for both, in `make test`: faults of either rank, a hang and a commit.
-GROUPED = ("10 no space on one rank", "12 a write hangs", "13 the commit is killed")
+# Of saves in which one rank writes for both, in `make test`.
+GROUPED = ("12 a write hangs",)
 
 
 @pytest.mark.parametrize(

@@ -91,9 +91,8 @@ def assert_nothing_is_lost(run: Path, disk: Disk, reference: Numbers) -> None:
     assert reason in told[0]["reason"] and told[1]["kept"] >= MORE - 2 and told[1]["lost"] == 0
 
 
-@pytest.mark.parametrize(
-    "kind", [KINDS[0], *(pytest.param(kind, marks=pytest.mark.long) for kind in KINDS[1:])], ids=str
-)
+@pytest.mark.long
+@pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_a_run_goes_on(kind: str, config: Path, references: References, tmp_path: Path) -> None:
     with disk_of(tmp_path / "disk", kind) as disk:
         arguments = ["train", str(config), f"run.dir={disk.folder}", *SETTINGS, "log.tensorboard=true"]

@@ -47,7 +47,8 @@ def mirrored(folder: Path) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    "way", ["async", *(pytest.param(way, marks=pytest.mark.exhaustive) for way in WRITTEN if way != "async")]
+    "way",
+    [pytest.param(way, marks=pytest.mark.long if way == "async" else pytest.mark.exhaustive) for way in WRITTEN],
 )
 def test_a_run_goes_on_elsewhere_from_its_mirror(config: Path, tmp_path: Path, way: str) -> None:
     """A run that was killed after step 10 continues elsewhere, with another layout and nothing of the first folder.

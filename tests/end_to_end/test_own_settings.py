@@ -38,6 +38,7 @@ def test_a_run_that_is_done_writes_nothing(config: Path, exported: Path, tmp_pat
     assert loss(run, "--routing", "causal") == measured
 
 
+@pytest.mark.long
 def test_the_latest_attempt_s_settings_are_not_those_of_a_checkpoint(exported: Path, tmp_path: Path) -> None:
     """Evaluation and export, though config.yaml says something else."""
     run = Path(shutil.copytree(exported / "dense", tmp_path / "dense"))

@@ -18,6 +18,7 @@ def losses(run: Path) -> dict[int, float]:
     return {int(row["step"]): row["loss"] for row in read_metrics(run) if "loss" in row}
 
 
+@pytest.mark.long
 def test_a_run_with_neighbours(config: Path, digits: Path, tmp_path: Path) -> None:
     folder = tmp_path / "data"
     shutil.copytree(digits, folder)

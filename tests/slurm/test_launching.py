@@ -69,6 +69,7 @@ def test_the_command_submits_what_the_dry_run_printed(jobs: Jobs, profile: Path)
     assert absent.returncode == 1 and "rank_0.log, rank_1.log" in absent.stderr
 
 
+@pytest.mark.long
 def test_a_batch_script_of_ones_own_does_the_same(
     jobs: Jobs, cluster: Cluster, reference: list[dict[str, Any]]
 ) -> None:

@@ -41,6 +41,7 @@ NOTHING_SHORT = {
     "tests/end_to_end/test_memory.py": "test_memory_tier",
     "tests/end_to_end/test_quickstart.py": "test_kills; test_prepare_accidents",
     "tests/end_to_end/test_resumed_versions.py": "test_train; needs an environment with other versions",
+    "tests/end_to_end/test_retrieval_runs.py": "test_retrieval_layouts; test_composites resumes",
     "tests/end_to_end/test_s3_mirror.py": "test_mirrored_runs; needs a server of S3",
     "tests/slurm/test_containers.py": "test_launching; test_submit writes the commands",
     "tests/slurm/test_faults.py": "test_first_failures",

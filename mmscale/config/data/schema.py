@@ -118,7 +118,8 @@ class PrepareConfig(Section):
     )
     reader_args: dict[Name, Any] = setting("Keyword arguments of a reader that is a plug-in.", {})
     ignore: tuple[str, ...] = setting(
-        "Keys (columns) of documents that are not read. Any other unknown key rejects its document.", ()
+        "Keys (columns) of documents, or of their pieces, that are not read. Another unknown key rejects its document.",
+        (),
     )
     id_offset: Index | None = setting(
         "megatron: offset that is added to every id of the corpora; default: the offset by which the ids of "

@@ -35,6 +35,7 @@ TOKENS_OF_ROLES = {
     "observation": TOOL,
 }
 _OTHER_KEYS = ("weight", "name")  # of a message; `name` is not read
+PIECE_KEYS = ("type", "text", "path", "bytes", "modality", "ids")  # of pieces of content, of any type
 _TEXT, _IMAGE, _URL = "text", "image", "image_url"
 
 Part = Mapping[str, Any]
@@ -75,7 +76,7 @@ def messages_of(record: Mapping[str, Any], key: str, ignore: Collection[str]) ->
     Args:
         record: a JSON object, or a row of a table.
         key: from `chat_key`.
-        ignore: further keys that a message may have; they are not read.
+        ignore: further keys that a message or a part may have; they are not read.
 
     Raises:
         BadDocumentError: a message is malformed, or pictures and their places do not match.
@@ -117,11 +118,7 @@ def _message(
 ) -> Message:
     if not isinstance(message, Mapping):
         raise BadDocumentError(f"{where} is a {type(message).__name__}, not an object")
-    for key, value in message.items():
-        if key not in (*keys, *_OTHER_KEYS) and key not in ignore and value is not None:
-            raise BadDocumentError(
-                f"{where} has the key {key!r}, which is not read: remove it, or name it in data.prepare.ignore"
-            )
+    _check_keys(message, where, (*keys, *_OTHER_KEYS, *ignore))
     role, content = message.get(keys[0]), message.get(keys[1])
     token = TOKENS_OF_ROLES.get(role) if isinstance(role, str) else None
     if token is None:
@@ -132,7 +129,9 @@ def _message(
     if isinstance(content, str):
         parts = list(_placed(content, where, rest))
     elif isinstance(content, list | tuple):
-        parts = [piece for number, part in enumerate(content) for piece in _part(part, f"{where}[{number}]", rest)]
+        parts = [
+            piece for number, part in enumerate(content) for piece in _part(part, f"{where}[{number}]", rest, ignore)
+        ]
     else:
         raise BadDocumentError(f"{where}.{keys[1]} is neither a text nor a list of parts")
     joined = tuple(_joined(parts))
@@ -162,11 +161,21 @@ def _next(rest: list[Part] | None, where: str) -> Part:
     return rest.pop(0)
 
 
-def _part(part: Any, where: str, rest: list[Part] | None) -> Iterator[Part]:
+def _check_keys(given: Mapping[str, Any], where: str, allowed: Collection[str]) -> None:
+    """Refuse keys that are not read. Rows of tables have null for missing keys."""
+    for key, value in given.items():
+        if key not in allowed and value is not None:
+            raise BadDocumentError(
+                f"{where} has the key {key!r}, which is not read: remove it, or name it in data.prepare.ignore"
+            )
+
+
+def _part(part: Any, where: str, rest: list[Part] | None, ignore: Collection[str]) -> Iterator[Part]:
     """A part of a message in the form of a document's content. Rows of tables have null for missing keys."""
     if not isinstance(part, Mapping):
         raise BadDocumentError(f"{where} is a {type(part).__name__}, not an object")
-    given = {key: value for key, value in part.items() if value is not None}
+    _check_keys(part, where, (*PIECE_KEYS, _IMAGE, _URL, *ignore))
+    given = {key: value for key, value in part.items() if value is not None and key not in ignore}
     kind = given.get("type")
     if kind == _URL:
         url = given.get(_URL)

@@ -193,7 +193,7 @@ def parse_document(
         where: file and record, for messages.
         fallback_id: id of a record that has none.
         resolve: finds the files of items.
-        ignore: further keys that a record or a message may have; they are not read.
+        ignore: further keys that a record, a message or a piece may have; they are not read.
         question: it is to be answered: a chat record ends before its last answer.
     """
     document_id = fallback_id
@@ -209,7 +209,7 @@ def parse_document(
             _check_keys(record, own, (*KEYS, *chat.CHATS), elsewhere=_IGNORED)
         answers: tuple[bool, ...] | None = None
         if key is None:
-            content = tuple(_parse_items(record.get("content"), resolve))
+            content = tuple(_parse_items(record.get("content"), resolve, ignore))
         else:
             content, answers = _parse_messages(chat.messages_of(record, key, ignore), resolve, question)
         loss, split = _parse_loss(record.get("loss")), _parse_split(record.get("split"))
@@ -227,14 +227,16 @@ def _parse_name(record: Mapping[str, Any], key: str) -> str | None:
     return clean(str(given), key)
 
 
-def _check_keys(record: Mapping[str, Any], allowed: Collection[str], known: Sequence[str], elsewhere: str = "") -> None:
+def _check_keys(
+    record: Mapping[str, Any], allowed: Collection[str], known: Sequence[str], elsewhere: str = "", where: str = ""
+) -> None:
     """Refuse unknown keys, which are usually mistakes: `"task"`, `"splits"`. `known`: those that the message names."""
     for key, value in record.items():
         if key in allowed or value is None:
             continue
         near = difflib.get_close_matches(str(key), known, n=1)
         meant = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
-        raise BadDocumentError(f"unknown key {key!r}: {meant}{elsewhere}")
+        raise BadDocumentError(f"{where}unknown key {key!r}: {meant}{elsewhere}")
 
 
 def _parse_split(split: Any) -> SplitName | None:
@@ -251,7 +253,7 @@ def _parse_messages(
     answers: list[bool] = []
     for message in messages:
         try:
-            own = list(_parse_items(message.parts, resolve))
+            own = list(_parse_items(message.parts, resolve, ()))
         except BadDocumentError as error:
             raise BadDocumentError(f"{message.where}: {error}") from error
         content += [Special(message.token), *own, Special(END_OF_TURN)]
@@ -263,7 +265,7 @@ def _parse_messages(
     return tuple(content), tuple(answers)
 
 
-def _parse_items(content: Any, resolve: Resolver) -> Iterator[Content]:
+def _parse_items(content: Any, resolve: Resolver, ignore: Collection[str]) -> Iterator[Content]:
     if not isinstance(content, list | tuple):
         raise BadDocumentError("there is no list named content")
     pieces = 0
@@ -275,6 +277,9 @@ def _parse_items(content: Any, resolve: Resolver) -> Iterator[Content]:
             *most, last = _PARSERS
             known = f"{', '.join(most)} and {last}"
             raise BadDocumentError(f"content[{position}] has type {item.get('type')!r}; known are {known}")
+        _check_keys(
+            item, (*chat.PIECE_KEYS, *ignore), chat.PIECE_KEYS, elsewhere=_IGNORED, where=f"content[{position}]: "
+        )
         if (piece := parse(item, position, resolve)) is not None:
             pieces += 1
             yield piece

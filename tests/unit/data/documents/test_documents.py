@@ -170,6 +170,31 @@ def test_keys_of_a_record(tmp_path: Path) -> None:
     assert isinstance(next(piece.read()), Document)
 
 
+@pytest.mark.parametrize("form", ["content", "messages"])
+@pytest.mark.parametrize(
+    ("piece", "key"),
+    [
+        ({"type": "text", "text": "x", "loss": "none"}, "loss"),
+        ({"type": "image", "path": "0.png", "caption": "a bus"}, "caption"),
+        ({"type": "tokens", "modality": "image", "ids": [3], "shape": [1]}, "shape"),
+    ],
+)
+def test_keys_of_a_piece(tmp_path: Path, piece: dict[str, Any], key: str, form: str) -> None:
+    (tmp_path / "0.png").write_bytes(b"0")
+
+    def record(piece: dict[str, Any]) -> dict[str, Any]:
+        answer = {"role": "assistant", "content": "y"}
+        return {form: [piece] if form == "content" else [{"role": "user", "content": [piece]}, answer]}
+
+    refused = reason(tmp_path, record(piece))
+    assert f"key {key!r}" in refused and "[0]" in refused and "data.prepare.ignore" in refused
+    file = write_jsonl(tmp_path / "ignored.jsonl", [record(piece)])
+    (part,) = scan_files([file], slice_records=9, settings=ReadSettings(ignore=(key,)))
+    assert isinstance(next(part.read()), Document)
+    # Rows of tables have the keys of all types, with null where there is nothing.
+    assert isinstance(only(write_jsonl(tmp_path / "row.jsonl", [record(piece | {key: None, "bytes": None})])), Document)
+
+
 def test_columns_of_a_parquet_file(tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     import pyarrow

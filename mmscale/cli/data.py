@@ -163,11 +163,13 @@ def _spec(spec: str, overrides: list[str], documents: list[str], like: Path | No
     from mmscale.config import load as loading
     from mmscale.data.prepared import reuse
 
+    given = None
     if spec:
         alone = loading.load(spec, overrides)
         reuse.check_vocabulary_like(like, alone)
         reuse.check_fit_like(like, alone)
-    config = _loaded(spec, [*reuse.settings_like(like), *overrides], documents)
+        given = alone.data.prepare
+    config = _loaded(spec, [*reuse.settings_like(like, given), *overrides], documents)
     reuse.check_fit_like(like, config)
     return config
 

@@ -27,14 +27,17 @@ _RECORD = "source.json"  # the settings that a data set was prepared with (prepa
 _SINGLE_USE = ("path", "fit_patches", "residual")  # settings for fitting, which a reused codebook does not need
 
 
-def settings_like(folder: Path) -> list[str]:
-    """Overrides that give a new data set the vocabulary and the tokenizers of a prepared one.
+def settings_like(folder: Path, given: PrepareConfig | None = None) -> list[str]:
+    """Overrides that give a new data set the vocabulary, the tokenizers and the held-out share of a prepared one.
+
+    With another share, documents of a group that one set holds out would be training documents of the other.
 
     Args:
         folder: the prepared data set.
+        given: the new set's settings. A share that they name is kept.
 
     Returns:
-        `KEY=VALUE` lines for `vocab`, `data.prepare.text` and `data.prepare.image`.
+        `KEY=VALUE` lines for `vocab` and `data.prepare`.
 
     Raises:
         DataError: it is missing or damaged.
@@ -51,6 +54,9 @@ def settings_like(folder: Path) -> list[str]:
     }
     if manifest.reserved:
         found["vocab.reserved"] = True
+    held_out = _record(folder).get("held_out")
+    if held_out is not None and (given is None or "held_out" not in given.model_fields_set):
+        found["data.prepare.held_out"] = held_out
     others = {name: {LOAD: str(folder / folder_of(name))} for name in manifest.tokens_per_item if name != IMAGE}
     if others:
         found["data.prepare.modalities"] = others
@@ -211,11 +217,9 @@ def _image_fingerprint(config: Config, settings: PrepareConfig, out: Path | None
 
 def _image_settings(folder: Path) -> dict[str, Any]:
     """Settings of `data.prepare.image` that the data set was prepared with."""
-    try:
-        record = bounded.read_object(folder / _RECORD)
-        return dict(record["settings"]["image"])
-    except (OSError, *bounded.BAD_CONTENT):  # prepared by another program
-        pass
+    recorded = _record(folder).get("image")
+    if isinstance(recorded, dict):
+        return recorded
     try:
         own = bounded.read_object(folder / image_tokens.FOLDER / SETTINGS)
         return {key: own[key] for key in ("kind", "size", "channels", "patch") if key in own}
@@ -223,6 +227,14 @@ def _image_settings(folder: Path) -> dict[str, Any]:
         raise DataError(
             f"data: the image tokenizer of {folder} cannot be read: {error}", remedy="copy the data set again"
         ) from error
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    """The settings `data.prepare` that a data set was prepared with; empty if another program prepared it."""
+    try:
+        return dict(bounded.read_object(folder / _RECORD)["settings"])
+    except (OSError, *bounded.BAD_CONTENT):
+        return {}
 
 
 def _is_begun(out: Path) -> bool:

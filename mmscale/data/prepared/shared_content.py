@@ -48,9 +48,10 @@ class Shared:
             here: the data set that trains.
         """
         owner, place = (f" of {of}" if of else ""), (f" of {here}" if here else "")
+        same = ", in two sets if both have one data.prepare.held_out" if of else ""
         return [
             f"note: {common:,} of {total:,} {what} ({common / total:.1%}) of held-out documents{owner} are in training "
-            f"documents{place} too: held-out numbers measure memory. {_GROUP}"
+            f"documents{place} too: held-out numbers measure memory. {_GROUP}{same}"
             for what, (common, total) in (("items", self.pictures), ("pure texts", self.texts))
             if common
         ]

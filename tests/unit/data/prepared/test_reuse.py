@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from mmscale import bounded
 from mmscale.cli import main
 from mmscale.config.load import load
 from mmscale.data.prepared.manifest import read_manifest
@@ -155,3 +156,23 @@ def test_a_second_set_that_is_missing_has_a_remedy_that_works_as_printed(
     assert found, remedy
     assert main(shlex.split(found[1].replace("FILE", str(documents)))) == 0
     check_data(made)
+
+
+@pytest.mark.parametrize(
+    ("given", "more", "share"),
+    [("nothing", (), 0.25), ("an override", ("data.prepare.held_out=0.5",), 0.5), ("a specification", (), 0.4)],
+)
+def test_like_holds_out_the_same_groups(given: str, more: tuple[str, ...], share: float, tmp_path: Path) -> None:
+    """With the default share documents of groups that the first set holds out would be trained on."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    documents = corpus(tmp_path / "in", 40)
+    assert main(["data", "prepare", spec(tmp_path, "a", documents), "--out", str(one)]) == 0
+    named = ["--documents", str(documents)]
+    if given == "a specification":
+        file = Path(spec(tmp_path, "b", documents))
+        file.write_text(file.read_text().replace("held_out: 0.25", "held_out: 0.4"))
+        named = [str(file)]
+    assert main(["data", "prepare", *named, *more, "--like", str(one), "--out", str(two)]) == 0
+    assert bounded.read_object(two / "source.json")["settings"]["held_out"] == share
+    counts = [{name: split.documents for name, split in read_manifest(folder).splits.items()} for folder in (one, two)]
+    assert (counts[0] == counts[1]) is (share == 0.25)

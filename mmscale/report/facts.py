@@ -23,7 +23,7 @@ from mmscale.report.timeline import Event, Timeline
 from mmscale.runs.attempts import attempts_with_settings, settings_file
 from mmscale.runs.display_names import EVENTS as EVENT_WORDS
 from mmscale.runs.display_names import in_words
-from mmscale.runs.events import ROUTINE
+from mmscale.runs.events import ORDERLY_ENDS, ROUTINE
 from mmscale.runs.held_out import ACCURACY, EVAL, HeldOut
 from mmscale.runs.metrics import METRICS
 from mmscale.runs.unrouted import note as unrouted_note
@@ -48,7 +48,7 @@ def results(
     """
     facts: dict[str, str] = {}
     if len(history):
-        facts["last step"] = f"{int(history.steps[-1]):,}"
+        facts["last step"] = _last_step(history, events)
     chances = {f"{ACCURACY}{name}": spans[-1].value for name, spans in guessing_of(events).items()}
     for key in history.columns:
         value = history.last(key) if key.split("/")[0] in ("loss", EVAL[:-1]) and "z_loss" not in key else None
@@ -123,6 +123,20 @@ def _kind(history: History, key: str, measured: HeldOut) -> str:
     """The data and the routing of a held-out value, with the step if it belongs to an older checkpoint."""
     step = int(history.measured(key)[0][-1])
     return measured.where if step == int(history.steps[-1]) else f"{measured.where}, step {step:,}"
+
+
+def _last_step(history: History, events: Sequence[Event]) -> str:
+    """The last logged step, or the later one that the last attempt had saved when it ended in order."""
+    logged = int(history.steps[-1])
+    attempts = [event for event in events if isinstance(event.get("attempt"), int)]
+    latest = max((int(event["attempt"]) for event in attempts), default=1)
+    ends = [
+        int(event["step"])
+        for event in attempts
+        if event["attempt"] == latest and event.get("event") in ORDERLY_ENDS and isinstance(event.get("step"), int)
+    ]
+    done = max([logged, *ends])
+    return f"{done:,}" if done == logged else f"{done:,}, the last logged one is {logged:,}"
 
 
 def _at_step(history: History, key: str) -> str:

@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import wave
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,6 +26,7 @@ _QUIETEST_PEAK_DB = -40.0
 _FLOOR_DB, _STEPS = -80.0, 255  # a band's level is an integer number of steps above the floor, relative to the peak
 _LOUD = 0.02  # sound begins at this share of the peak; silence before it is cut off
 _ROUNDS = 32  # iterations of Griffin-Lim
+_RECORDINGS, _LONGER, _LOST = "recordings", "longer", "lost"  # keys of the tally of read recordings
 _SETTINGS, _CODEBOOK = "audio_tokenizer.json", "codebook.npy"
 
 
@@ -192,6 +194,11 @@ class AudioModality:
 
         Channels are averaged, silence at the beginning is cut off, and the loudest sample becomes 0.9.
         """
+        return AudioModality.read_counted(source, codec, {})
+
+    @staticmethod
+    def read_counted(source: Any, codec: AudioCodec, tally: dict[str, float]) -> NDArray[np.float32]:
+        """The same as `read`; counts recordings whose end is cut off, and the share that they lose."""
         if isinstance(source, np.ndarray):
             samples = source.astype(np.float64).reshape(-1)
         else:
@@ -202,9 +209,24 @@ class AudioModality:
         if peak:
             heard = np.flatnonzero(np.abs(samples) >= _LOUD * peak)
             samples = samples[heard[0] :] * (0.9 / peak)
+        lost = max(0.0, 1.0 - codec.samples / max(1, len(samples)))
+        for key, amount in ((_RECORDINGS, 1.0), (_LONGER, float(lost > 0.0)), (_LOST, lost)):
+            tally[key] = tally.get(key, 0.0) + amount
         found = np.zeros(codec.samples, np.float32)
         found[: min(len(samples), codec.samples)] = samples[: codec.samples]
         return found
+
+    @staticmethod
+    def remarks(tally: Mapping[str, float], codec: AudioCodec) -> list[str]:
+        """A sentence about recordings that were longer than the setting."""
+        longer = int(tally.get(_LONGER, 0))
+        if not longer:
+            return []
+        return [
+            f"{longer:,} of {int(tally[_RECORDINGS]):,} recordings {'is' if longer == 1 else 'are'} longer than "
+            f"{codec.settings.seconds:g} s: the end is cut off, {tally[_LOST] / longer:.0%} of their length on average "
+            "(data.prepare.modalities.audio.seconds)"
+        ]
 
     @staticmethod
     def write(values: NDArray[Any], file: Path, codec: AudioCodec) -> None:

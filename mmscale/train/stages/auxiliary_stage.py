@@ -7,6 +7,7 @@ checkpoint), logs like a run's, and report.json.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron.core.transformer.module import Float16Module
@@ -49,6 +50,19 @@ from mmscale.train.steps.step import Stepper
 from mmscale.train.steps.step_report import StepReport
 
 CALIBRATION = "calibration_s"
+
+
+def unasked(main: Mapping[str, Any], tasks: Sequence[str]) -> list[str]:
+    """A line if the main run asked questions that its stage does not ask, because they were named on the command line.
+
+    Args:
+        main: metadata of the main run's checkpoint.
+        tasks: `train.tasks` of the stage.
+    """
+    config = main.get("config")
+    asked = config.get("train", {}).get("tasks", []) if isinstance(config, dict) else []
+    missing = ", ".join(str(one) for one in asked if one not in tasks)
+    return [f"the run asked {missing}, and this stage does not: give it the same train.tasks"] if missing else []
 
 
 class AuxiliaryStage:
@@ -121,6 +135,7 @@ class AuxiliaryStage:
             f"auxiliary routers of {self.given.run}@{self.main_step}: {size:,} parameters on this stage, step "
             f"{self.state.step} of {self.given.settings.train.steps}; everything else is frozen",
             "the loss of a step is that of the routers: cross entropy with batch routing's choices, 0.69 for guesses",
+            *unasked(self.begins_from, self.given.settings.train.tasks),
         ]
 
     def hooks(self, tools: StageServices, batches: BatchLoader) -> list[Hook]:

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from mmscale.data.documents.schema import Item
 from mmscale.data.modalities import audio
 from mmscale.data.modalities.audio import AudioCodec, AudioModality, AudioSettings
 from mmscale.data.modalities.modality import Report, Sample
-from mmscale.data.modalities.table import load_codec
+from mmscale.data.modalities.table import load_codec, read_item, remarks
 from mmscale.errors import DataError
 
 SETTINGS = AudioSettings(rate=8000, seconds=0.4, bands=16, frames=2)
@@ -109,6 +110,25 @@ def test_a_header_that_claims_hours() -> None:
     content[40:44] = (0x7FFFFFFF).to_bytes(4, "little")  # bytes of samples
     with pytest.raises(ValueError, match="too many"):
         AudioModality.read(bytes(content), codec())
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        ((0.2, 0.4), None),
+        ((0.5, 0.2), "1 of 2 recordings is longer than 0.4 s: the end is cut off, 20% of their length on average"),
+        (
+            (0.8, 1.6, 0.1),
+            "2 of 3 recordings are longer than 0.4 s: the end is cut off, 62% of their length on average",
+        ),
+    ],
+)
+def test_what_is_cut_off_is_counted_and_said(seconds: tuple[float, ...], said: str | None) -> None:
+    own, tally = codec(), dict[str, float]()
+    for each in seconds:
+        samples = np.sign(tone(300.0, seconds=each))
+        read_item(Item(samples, modality="audio"), own, tally)
+    assert remarks("audio", tally, own) == ([f"{said} (data.prepare.modalities.audio.seconds)"] if said else [])
 
 
 def test_silence_is_a_recording() -> None:

@@ -99,8 +99,9 @@ def test_every_command_of_the_page(place: Path) -> None:
     assert len(said) > 20
     task = {line: text for line, text in said.items() if "--task" in line}
     assert all(re.search(r"accuracy/which .* of \d+ \(95 % interval", text) for text in task.values()), task
-    (trained,) = (text for line, text in said.items() if "train.tasks" in line)
-    assert "task which: " in trained and " accuracy/which " in trained
+    trained = [text for line, text in said.items() if "train.tasks" in line]  # the run, and its stage
+    assert len(trained) == 2 and all("task which: " in text and " accuracy/which " in text for text in trained)
+    assert not any("this stage does not" in text for text in said.values())
     (drawn,) = (text for line, text in said.items() if "--guidance auto" in line)
     assert re.search(r"guidance [\d.]+ fits \d+ held-out items best", drawn), drawn
     (both,) = (text for line, text in said.items() if "run.name=both" in line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,18 @@ from typing import Any
 import orjson
 import pytest
 
+from docs.measurements.run_folders import rebuild
 from mmscale.config.load import load, resolve
 from mmscale.plan.siblings import siblings
+from mmscale.report.compare import compare
+from tests.unit.report.test_eta_measurements import rows as ratio_rows
 
 ROOT = Path(__file__).parents[3]
 RUNS: dict[str, dict[str, Any]] = orjson.loads((ROOT / "docs" / "measurements" / "eta_icons.json").read_bytes())
 PARTS = ("", "/text", "/image")
+# Runs to the end, by model: with losses on the whole held-out split. The dense ones come first.
+WHOLE = {name: run for name, run in RUNS.items() if "joint" in run}
+MODELS = sorted({name.rpartition("_s")[0] for name in WHOLE}, key=lambda name: (name != "dense", name))
 
 
 def last(run: dict[str, Any], routing: str) -> str:
@@ -22,11 +29,23 @@ def last(run: dict[str, Any], routing: str) -> str:
     return " / ".join(f"{run[f'eval/{routing}loss{part}'][-1]:.3f}" for part in PARTS)
 
 
+def on_the_whole_split(model: str, stage: str, routing: str) -> str:
+    """Losses at the end, means over seeds, and the range of the first one: all / text / image."""
+    runs = [run[stage] for name, run in WHOLE.items() if name.rpartition("_s")[0] == model and stage in run]
+    if not runs:
+        return "the same"
+    values = [[run[f"{routing}/loss{part}"] for run in runs] for part in PARTS]
+    text = " / ".join(f"{statistics.mean(value):.3f}" for value in values)
+    return f"{text} ({min(values[0]):.3f} to {max(values[0]):.3f})" if len(runs) > 1 else text
+
+
 def rows() -> Iterator[str]:
     """The rows of the tables."""
-    yield f"| dense | {last(RUNS['dense_s1'], '')} | the same |"
-    both = RUNS["4t4i_s1_joint"]
-    yield f"| 4t4i | {last(both, '')} | {last(both, 'causal/')} |"
+    for model in MODELS:
+        seeds = sum(name.rpartition("_s")[0] == model for name in WHOLE)
+        named = model if seeds == 1 else f"{model} ({seeds} seeds)"
+        cells = [("joint", "batch"), ("joint", "causal"), ("stage", "causal")]
+        yield f"| {named} | {' | '.join(on_the_whole_split(model, *cell) for cell in cells)} |"
     for name, run in RUNS.items():
         if name.startswith("rate_dense_"):
             rate = name.removeprefix("rate_dense_")
@@ -57,3 +76,12 @@ def test_a_run_is_one_of_the_page(name: str) -> None:
             assert len(values) == len(run["training_step"]), key
     causal = config.model.auxiliary.mode == "joint"
     assert ("eval/causal/loss" in run) is causal
+
+
+def test_the_ratios_of_the_page_are_those_of_the_curves(tmp_path: Path) -> None:
+    names = [name for model in MODELS for name in sorted(WHOLE) if name.rpartition("_s")[0] == model]
+    base = load(ROOT / "examples" / "icons" / "equal_loss.yaml")
+    folders = rebuild({name: WHOLE[name] for name in names}, base, tmp_path)
+    text = (ROOT / "docs" / "eta.md").read_text()
+    for row in ratio_rows(compare(folders[0], folders[1:])):
+        assert row in text, row

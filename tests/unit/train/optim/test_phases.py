@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from mmscale.config import OptimConfig
 from mmscale.tables.settings import SCHEDULES
 from mmscale.train.optim.schedule import learning_rate
 
+ROOT = Path(__file__).parents[4]
 STEPS = 90
 GENERAL: dict[str, Any] = {"lr": 1e-3, "min_lr": 1e-5, "warmup": 5, "power_tokens": 20_000, "schedule": "linear"}
 PHASE: dict[str, Any] = {"start": 60, "lr": 4e-4, "min_lr": 2e-6, "warmup": 3, "schedule": "cosine"}
@@ -73,3 +75,12 @@ phases = st.lists(
 def test_any_phases_give_rates_between_the_lowest_floor_and_the_highest_peak(found: list[dict[str, Any]]) -> None:
     peak = max(1e-3, *(phase.get("lr", 0.0) for phase in found), 1e-3)
     assert all(0.0 < rate <= peak * (1 + 1e-12) for rate in rates(GENERAL | {"phases": found}))
+
+
+def test_a_plug_in_is_the_schedule_of_each_part_that_names_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "plugins"))
+    general = GENERAL | {"schedule": "moma_plugins.schedule:OneCycle", "schedule_args": {"peak_at": 0.4}}
+    whole = rates(general | {"phases": [{"start": 40, "lr": 5e-4}, PHASE]})
+    assert whole[:40] == rates(general, steps=40)
+    assert whole[40:60] == rates(general | {"warmup": 0, "lr": 5e-4}, steps=20)
+    assert whole[60:] == rates(GENERAL | {"phases": [PHASE]})[60:]

@@ -145,6 +145,14 @@ def _take(claim: Claim, stack: contextlib.ExitStack, run: Path, stage: Stage) ->
         claim.refused = (error.cause, error.remedy)
 
 
+class _Stopped(BaseException):
+    """A stop request before training has begun.
+
+    Not an Exception, which libraries that are being imported may catch. Not a KeyboardInterrupt either: if one passes
+    through `exec` of a string (dataclasses and namedtuples use it), `python -m` ends by SIGINT whatever main returns.
+    """
+
+
 @contextlib.contextmanager
 def _ended_at_once(claim: Claim) -> Iterator[None]:
     """End the block at a stop request, until training has begun."""
@@ -159,15 +167,13 @@ def _ended_at_once(claim: Claim) -> Iterator[None]:
                 raise KeyboardInterrupt
             return  # the process saves and ends already
         received.append(signal.Signals(number))
-        raise KeyboardInterrupt  # libraries that are being imported may catch an Exception
+        raise _Stopped
 
     numbers = [number for number in STOPS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup ignores SIGHUP
     before = {number: signal.signal(number, end) for number in numbers}
     try:
         yield
-    except KeyboardInterrupt:
-        if not received:
-            raise
+    except _Stopped:
         raise LaunchError(
             f"stopped by {received[0].name} before training began: nothing was saved",
             remedy="start it again: it continues from the newest checkpoint, if there is one",

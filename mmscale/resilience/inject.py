@@ -24,7 +24,8 @@ VARIABLE = "MMSCALE_FAULTS"
 PLACES = ("begin", "step", "eval", "save", "finalize", "write", "commit")
 _SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM, "usr2": signal.SIGUSR2}
 _ERRORS = ("ENOSPC", "EIO", "EDQUOT", "EROFS")
-ACTIONS = (*_SIGNALS, "hang", "slow", *_ERRORS)
+ACTIONS = (*_SIGNALS, "hang", "slow", "wait", *_ERRORS)
+_POLL_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,10 @@ class Fault:
         rank, step: where; None: anywhere.
         place: one of PLACES.
         action: one of ACTIONS. kill, stop, term, usr2: a signal to the process that reaches the place; hang: it opens a
-            pipe that nobody reads; slow: it sleeps `value` seconds; ENOSPC, ...: its storage fails with this error.
+            pipe that nobody reads; slow: it sleeps `value` seconds; wait: it waits while `file` exists;
+            ENOSPC, ...: its storage fails with this error.
         value: seconds of `slow`.
+        file: of `wait`; its name has no comma and no colon.
     """
 
     rank: int | None
@@ -44,6 +47,7 @@ class Fault:
     place: str
     action: str
     value: float = 0.0
+    file: str = ""
 
 
 @dataclass
@@ -93,6 +97,9 @@ class Faults:
                 os.open(pipe, os.O_WRONLY)
             elif fault.action == "slow":
                 time.sleep(fault.value)
+            elif fault.action == "wait":
+                while Path(fault.file).exists():
+                    time.sleep(_POLL_S)
             else:
                 number = getattr(errno, fault.action)
                 raise OSError(number, os.strerror(number))
@@ -107,7 +114,8 @@ def _parse(text: str) -> Fault:
             step=None if step == "*" else int(step),
             place=place,
             action=action,
-            value=float(value or 0),
+            value=float(value or 0) if action == "slow" else 0.0,
+            file=value if action == "wait" else "",
         )
     except ValueError:
         raise ConfigError(

@@ -141,6 +141,7 @@ class Jobs:
         *overrides: str,
         nodes: int = 2,
         slow_s: float = 0.05,
+        hold_after: int | None = None,
         faults: str = "",
         after: str | None = None,
         stub: bool = False,
@@ -153,6 +154,7 @@ class Jobs:
             overrides: settings.
             nodes: with one rank each.
             slow_s: added to each step, so that a test can act during training.
+            hold_after: after this step ranks wait until `go_on`, however long SLURM takes for what the test asks of it.
             faults: as MMSCALE_FAULTS.
             after: as `--after`.
             stub: ranks are stub_rank.py, which imports no torch.
@@ -168,7 +170,11 @@ class Jobs:
             **more,
         )
         wanted = [f"*:*:step:slow={slow_s}"] if slow_s else []
-        variables = {inject.VARIABLE: ",".join([*wanted, *([faults] if faults else [])]), **(environment or {})}
+        wanted += [faults] if faults else []
+        if hold_after is not None:
+            self.held.touch()
+            wanted.append(f"*:{hold_after}:step:wait={self.held}")
+        variables = {inject.VARIABLE: ",".join(wanted), **(environment or {})}
         if stub:
             variables |= {f"MMSCALE_{SLOW}": str(slow_s), "PYTHON_EXEC": self._stub()}  # the latter is read by torchrun
             planned = [
@@ -181,6 +187,15 @@ class Jobs:
         launched = [Run(Path(one["run"]), one["job"], self.cluster) for one in found]
         self.runs += launched
         return launched[0]
+
+    @property
+    def held(self) -> Path:
+        """While this file exists, ranks wait after the step `hold_after`."""
+        return self.folder / "held"
+
+    def go_on(self) -> None:
+        """Let the ranks of `hold_after` train on."""
+        self.held.unlink()
 
     def _stub(self) -> str:
         """An interpreter that starts the stub instead of a rank."""

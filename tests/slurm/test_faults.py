@@ -156,8 +156,8 @@ def test_torchrun_starts_ranks_again_in_place(jobs: Jobs, reference: list[dict[s
     profile.write_text(yaml.safe_dump(content))
     temporary = {"TMPDIR": str(jobs.folder / "node")}
     Path(temporary["TMPDIR"]).mkdir()
-    # Slow enough for slurmctld to start again and to preempt before the last step, on a busy machine too.
-    run = dataclasses.replace(jobs, profile=profile, runs=jobs.runs).launch(slow_s=0.6, environment=temporary)
+    asked = dataclasses.replace(jobs, profile=profile, runs=jobs.runs)
+    run = asked.launch(slow_s=0.2, hold_after=22, environment=temporary)
     run.until_step(13)
     jobs.cluster.stop_controller()
     os.kill(run.rank(1, below_agent=True), signal.SIGKILL)
@@ -166,6 +166,8 @@ def test_torchrun_starts_ranks_again_in_place(jobs: Jobs, reference: list[dict[s
     jobs.cluster.start_controller()
     urgent = ("sbatch", "--parsable", "-p", "urgent", "-N3", "--exclusive", "-o", "/dev/null", "--wrap", "true")
     jobs.cluster.run(*urgent)
+    run.until(lambda: "PreemptTime=2" in jobs.cluster.run("scontrol", "show", "job", run.job), "it is preempted")
+    asked.go_on()
     run.until(lambda: run.state().restarts == 1, "it is requeued")
     assert run.until_ended().state == "COMPLETED", run.report()
     (stop,) = run.events("stop")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import signal
+import threading
+from pathlib import Path
 
 import pytest
 
@@ -39,6 +41,21 @@ def test_faults_belong_to_ranks_steps_and_places() -> None:
         with pytest.raises(OSError, match="No space left") as raised:
             refused.at("write", 4)
         assert raised.value.errno == errno.ENOSPC
+
+
+def test_a_rank_waits_while_a_file_exists(tmp_path: Path) -> None:
+    held = tmp_path / "held"
+    asked = faults(f"0:2:step:wait={held}")
+    asked.at("step", 2)  # there is no file
+    held.touch()
+    asked.at("step", 3)
+    waiting = threading.Thread(target=asked.at, args=("step", 2), daemon=True)
+    waiting.start()
+    waiting.join(0.3)
+    assert waiting.is_alive()
+    held.unlink()
+    waiting.join(60)
+    assert not waiting.is_alive()
 
 
 def test_a_signal_at_a_step_comes_once() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from mmscale.runs.display_names import TIME_PARTS
 from mmscale.runs.events import BEGINS, ORDERLY_ENDS
+from mmscale.runs.first_step import first_step_began
 
 
 def goodput(
@@ -19,10 +20,10 @@ def goodput(
 
     An attempt starts with its "launch" event (the first attempt of a job with the start of the job, `since`); without a
     launcher, with the start of its process, the `since` of "start" or "resume". It ends with its last event or line, or
-    now. The time until "start" or "resume" is start-up. The rest is steps, save stalls and evaluation. Steps after the
-    checkpoint from which the next attempt resumes are lost, and so is the rest of an attempt that was killed or
-    crashed. The rest of an attempt that saved its last step and ended in order (logging, leaving the ranks) is "other".
-    Between attempts the run waits.
+    now. The time until its first step is start-up (of a running attempt until now if it has not logged a step). The rest
+    is steps, save stalls and evaluation. Steps after the checkpoint from which the next attempt resumes are lost, and
+    so is the rest of an attempt that was killed or crashed. The rest of an attempt that saved its last step and ended
+    in order (logging, leaving the ranks) is "other". Between attempts the run waits.
 
     Args:
         events: of events.jsonl, in order.
@@ -59,16 +60,20 @@ def goodput(
         if begun is None:
             times["start_up"] += end - begin
             continue
-        times["start_up"] += begun["time"] - begin
+        own, step = lines.get(number, []), int(begun.get("step", 0))
+        stepping = first_step_began(own, step=step, begun=begun["time"], end=end)
+        if stepping is None:
+            stepping = begun["time"] if over else end
+        times["start_up"] += stepping - begin
         next_step = resumed[number]
         stopped = None if ended is None or "step" not in ended else int(ended["step"])
         _split(
             # The last steps, save and evaluation come after the last logged step: the event of the end has their time.
-            [*lines.get(number, []), *([] if ended is None else [_unlogged(ended)])],
-            first=int(begun.get("step", 0)),
+            [*own, *([] if ended is None else [_unlogged(ended)])],
+            first=step,
             counts_up_to=next_step,
             saved=stopped if next_step is None else next_step,
-            seconds=end - begun["time"],
+            seconds=end - stepping,
             rest="steps" if not over else "lost" if ended is None else "other",
             times=times,
         )

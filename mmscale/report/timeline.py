@@ -16,6 +16,7 @@ import numpy as np
 from mmscale.report.history import Floats, History
 from mmscale.runs.display_names import field_in_words
 from mmscale.runs.events import BEGINS, ORDERLY_ENDS, ROUTINE
+from mmscale.runs.first_step import first_step_began
 
 Event = Mapping[str, Any]
 _ENDS = (*ORDERLY_ENDS, "fault", "ranks_ended", "gave_up")
@@ -176,12 +177,15 @@ def _condensed(events: Sequence[Event], history: History) -> list[dict[str, Any]
         edges = np.linspace(0, len(rows), min(_GROUPS, len(rows)) + 1).astype(np.int64)
         within = slice(*np.searchsorted(starts, (reached[0], reached[-1])))
         later = starts[within][begins[within] > attempt]
-        edges = np.unique(np.concatenate((edges, np.searchsorted(reached[1:], later, side="right"))))
-        for first, end in itertools.pairwise(edges):
-            part = slice(int(first), int(end))
+        first = np.flatnonzero(timed)[:1] + 1  # a group ends with the first step, which tells when steps began
+        edges = np.unique(np.concatenate((edges, first, np.searchsorted(reached[1:], later, side="right"))))
+        for begin, end in itertools.pairwise(edges):
+            part = slice(int(begin), int(end))
             number = float(done[part].sum())
             line: dict[str, Any] = {"step": int(reached[end]), "attempt": int(attempt)}
             line |= {name: float(columns[name][part].sum()) for name in ("save_stall_s", "eval_s")}
+            spent = lines.columns["time"][rows][part]
+            line |= {"time": float(np.nanmax(spent))} if np.isfinite(spent).any() else {}
             if number > 0:
                 line["step_time_s"] = float((done[part] * columns["step_time_s"][part]).sum() / number)
             found.append(line)
@@ -206,10 +210,30 @@ def _spans(events: Sequence[Event], history: History) -> list[tuple[float, float
         found.append((begin, end if begun is None else begun, "start_up", attempt))
         if begun is None:
             continue
+        began = _first_step(history, mine, attempt, begun=begun, end=end)
+        if began is None:
+            began = begun if attempt != max(by_attempt) or any(event["event"] in _ENDS for event in mine) else end
         counts = counts_up_to[attempt]
-        kept = end if counts is None else _kept(history, mine, attempt, counts, begun=begun, end=end)
-        found += [(begun, kept, "steps", attempt), (kept, end, "lost", attempt)]
+        kept = end if counts is None else max(began, _kept(history, mine, attempt, counts, begun=began, end=end))
+        found[-1] = (begin, began, "start_up", attempt)
+        found += [(began, kept, "steps", attempt), (kept, end, "lost", attempt)]
     return found
+
+
+def _first_step(history: History, events: Sequence[Event], attempt: int, *, begun: float, end: float) -> float | None:
+    """When an attempt began its first step; None if it has not logged one."""
+    lines = history.lines
+    rows = np.flatnonzero(lines.attempt == attempt)
+    timed = np.flatnonzero(np.isfinite(lines.columns["step_time_s"][rows])) if len(rows) else rows
+    if not len(timed):
+        return None
+    own = [
+        {"step": lines.step[row]}
+        | {name: found[row] for name, found in lines.columns.items() if np.isfinite(found[row])}
+        for row in rows[: timed[0] + 1]
+    ]
+    step = next((_step(event) for event in events if _resumes(event)), 0)
+    return first_step_began(own, step=step, begun=begun, end=end)
 
 
 def _kept(history: History, events: Sequence[Event], attempt: int, step: int, *, begun: float, end: float) -> float:

@@ -105,6 +105,28 @@ def test_a_step_that_is_being_computed_is_not_lost_yet() -> None:
     assert share == pytest.approx(6 / 8)
 
 
+@pytest.mark.parametrize("over", [False, True])
+@pytest.mark.parametrize("every", [1, 5])
+@pytest.mark.parametrize("began", [0, 20])
+def test_what_precedes_the_first_step_is_start_up(began: int, every: int, over: bool) -> None:
+    """The batch that finds errors early takes 30 s; then 10 steps of 2 s, of which every fifth is logged, and 1 s."""
+    begins = event(2, 1, "resume" if began else "start", step=began, since=0.0)
+    events = [begins] + ([event(53, 1, "stop", step=began + 10)] if over else [])
+    metrics = [
+        {"step": began + n, "attempt": 1, "step_time_s": 2.0, "time": 32.0 + 2.0 * n}
+        for n in range(1, 11)
+        if n % every == 0
+    ]
+    _, times = goodput(events, metrics, now=53)
+    assert (times["start_up"], times["steps"], times["other"]) == (32, 20 if over else 21, 1 if over else 0)
+
+
+def test_an_attempt_that_has_not_logged_a_step_starts_up() -> None:
+    events = [event(0, 1, "launch"), event(2, 1, "start", step=0)]
+    share, times = goodput(events, [], now=40)
+    assert (share, times["start_up"], times["steps"]) == (0.0, 40, 0)
+
+
 def test_logged_every_tenth_step() -> None:
     events = [event(0, 1, "launch"), event(0, 1, "start", step=0), event(40, 1, "ranks_ended"), event(40, 2, "launch")]
     events.append(event(41, 2, "resume", step=25))

@@ -230,6 +230,31 @@ def test_the_start_of_a_local_process_is_known(tmp_path: Path) -> None:
     assert all("since" not in one.text for one in found.timeline.events)
 
 
+@pytest.mark.parametrize("steps", [20, 3000])  # more lines are condensed
+@pytest.mark.parametrize("ended", [True, False])
+def test_the_time_before_the_first_step_is_start_up(ended: bool, steps: int, tmp_path: Path) -> None:
+    """The first step began 7 s after the event of the start."""
+    run = make_run(tmp_path / "run", steps=steps)
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    events[0] |= {"time": 993.0, "since": 990.0}
+    (run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events[: None if ended else -1]))
+    (found,) = page.read_runs([run], goodput=goodput)
+    assert found.timeline.seconds["start_up"] == pytest.approx(10.0)
+    assert found.timeline.seconds["steps"] == pytest.approx(2.0 * steps)
+    spans = [(one.kind, round((one.end - one.begin) * 3600)) for one in found.timeline.spans]
+    assert spans == [("start_up", 10), ("steps", 2 * steps)]
+
+
+def test_an_attempt_without_a_logged_step_is_drawn_as_start_up(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", steps=1)
+    times = [(900.0, {"event": "start", "step": 0}), (960.0, {"event": "data_verified"})]
+    (run / "events.jsonl").write_text("".join(json.dumps({"time": t, "attempt": 1} | one) + "\n" for t, one in times))
+    (run / "metrics.jsonl").write_text("")
+    (found,) = page.read_runs([run], goodput=goodput)
+    assert (found.timeline.goodput, found.timeline.seconds["start_up"]) == (0.0, 60.0)
+    assert [one.kind for one in found.timeline.spans] == ["start_up"]
+
+
 def test_a_killed_attempt_changes_no_sum(tmp_path: Path) -> None:
     """Many lines are condensed before the arithmetic sees them, and it finds what it finds in all of them."""
     make_run(tmp_path / "run", steps=3000, resumed_at=1777)

@@ -20,7 +20,7 @@ def goodput(
 
     An attempt starts with its "launch" event (the first attempt of a job with the start of the job, `since`); without a
     launcher, with the start of its process, the `since` of "start" or "resume". It ends with its last event or line, or
-    now. The time until its first step is start-up (of a running attempt until now if it has not logged a step). The rest
+    now. The time until its first step is start-up (of a running attempt until now if it has logged no step). The rest
     is steps, save stalls and evaluation. Steps after the checkpoint from which the next attempt resumes are lost, and
     so is the rest of an attempt that was killed or crashed. The rest of an attempt that saved its last step and ended
     in order (logging, leaving the ranks) is "other". Between attempts the run waits.

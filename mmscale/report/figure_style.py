@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 MARKS = ("o", "D", "^", "s")  # in the order of assets/chart.js
 GREY = "#5a5a5a"
+_LETTER, _ROW = 4.3, 9.0  # width of a letter, and height of a row, of the labels of breaks [points]
 _CLOCK = ((0.03, 3600.0, "seconds"), (2.0, 60.0, "minutes"), (96.0, 1.0, "hours"), (float("inf"), 1 / 24, "days"))
 
 
@@ -31,25 +32,44 @@ def new_figure(*, width: float, height: float) -> Figure:
 def mark_cuts(axes: Axes, cuts: Iterable[tuple[float, str]]) -> None:
     """Vertical lines at breaks, with the text of each change on the side where it has room.
 
+    A text that would touch another one is in a row below it. The panel gets its size only when the figure is written,
+    so the lengths of texts are estimates, which are rather too long.
+
     Args:
         axes: the panel, in which all curves are drawn.
         cuts: place and text of each.
     """
     first, last = axes.dataLim.intervalx
-    for place, text in dict(cuts).items():
-        left = place - first > 0.6 * (last - first)
+    per_letter = (last - first) * _LETTER / _panel_width(axes)
+    rows: list[float] = []  # where the last text of each row ends
+    placed = []
+    for place, text in sorted(set(cuts)):
+        left, width = place - first > 0.6 * (last - first), per_letter * len(text)
+        placed.append((place - width if left else place, place, text, left, width))
+    for begin, place, text, left, width in sorted(placed):
+        row = next((number for number, end in enumerate(rows) if end < begin), len(rows))
+        rows[row : row + 1] = [begin + width]
         axes.axvline(place, color=GREY, linewidth=1.0, linestyle=(0, (6, 2)), zorder=1)
         axes.annotate(
             text,
             (place, 1.0),
             xycoords=axes.get_xaxis_transform(),
-            xytext=(-3 if left else 3, -3),
+            xytext=(-3 if left else 3, -3 - _ROW * row),
             textcoords="offset points",
             ha="right" if left else "left",
             va="top",
             fontsize=7.5,
             color=GREY,
         )
+
+
+def _panel_width(axes: Axes) -> float:
+    """About how wide a panel will be [points]."""
+    spec = axes.get_subplotspec()
+    share = 1.0 if spec is None else len(spec.colspan) / spec.get_gridspec().ncols
+    figure = axes.get_figure(root=True)
+    assert figure is not None  # a panel is in one
+    return float(figure.get_size_inches()[0]) * 72.0 * share * 0.8
 
 
 def save_figure(figure: Figure, out: Path | BinaryIO) -> None:

@@ -32,6 +32,7 @@ from mmscale.report.figure_style import (
 from mmscale.report.figures import smoothed
 from mmscale.report.history import Floats
 from mmscale.report.page import Run, curves
+from mmscale.report.timeline import crosses
 from mmscale.runs.display_names import TIME_PARTS
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ _SPANS = {"steps": "#3a9b5c", "start_up": "#8aa4c8", "lost": "#d55e00"}
 # A mark for events: symbol, size, colour, meaning.
 _SAVED = ("|", 5, GREY, "checkpoint saved")
 _STOPPED = ("s", 4, "#7a7a7a", "stopped on request")
-_UNUSUAL = ("x", 5, "#c62828", "fault or other event")
+_UNUSUAL = ("x", 5, "#c62828", "")  # crosses() has its meaning
 # Of figures of layers over a run, by title.
 _SCALES = {
     "no expert took": "fraction of the tokens",
@@ -342,7 +343,7 @@ def _draw_timelines(runs: Sequence[Run], file: Path) -> None:
                 (line,) = axes.plot(
                     places, [row + 0.38] * len(some), symbol, color=colour, markersize=size, clip_on=False
                 )
-                marks[word] = line
+                marks[word or crosses(one for run in runs for one in run.timeline.events)] = line
     shares = [f", goodput {run.timeline.goodput:.1%}" if run.timeline.goodput is not None else "" for run in runs]
     axes.set_yticks(range(len(runs)), [f"{run.name}{share}" for run, share in zip(runs, shares, strict=True)])
     axes.set_ylim(len(runs) - 0.4, -0.5)

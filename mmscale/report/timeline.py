@@ -7,20 +7,22 @@ goodput.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
 
 from mmscale.report.history import Floats, History
-from mmscale.runs.display_names import field_in_words
+from mmscale.runs.display_names import field_in_words, in_words
 from mmscale.runs.events import BEGINS, ORDERLY_ENDS, ROUTINE
 from mmscale.runs.first_step import first_step_began
+from mmscale.wording import numbered
 
 Event = Mapping[str, Any]
 _ENDS = (*ORDERLY_ENDS, "fault", "ranks_ended", "gave_up")
 _DRAWN = 300  # largest number of events of each kind in a picture
+_NAMED = 6  # names of events in the legend
 _GROUPS = 400  # groups of an attempt's lines, for computing goodput
 
 
@@ -90,7 +92,7 @@ class Timeline:
 
     def as_json(self) -> dict[str, Any]:
         """Plain lists and dictionaries, with the events that are drawn."""
-        return asdict(replace(self, events=self.drawn()))
+        return asdict(replace(self, events=self.drawn())) | {"crosses": crosses(self.events)}
 
     def drawn(self) -> list[TimelineEvent]:
         """At most 300 events of each kind, evenly chosen and including the first and the last, for pictures."""
@@ -102,6 +104,13 @@ class Timeline:
         ]
         chosen = [some[int(place)] for some, own in zip(by_name.values(), places, strict=True) for place in own]
         return sorted(chosen, key=lambda one: one.hours)
+
+
+def crosses(events: Iterable[TimelineEvent]) -> str:
+    """What the red crosses stand for: the names of events that are not routine; empty without such events."""
+    found = list(dict.fromkeys(in_words(one.event) for one in events if not one.routine))
+    more = len(found) - _NAMED
+    return ", ".join(found[:_NAMED]) + (f" and {numbered(more, 'other event')}" if more > 0 else "")
 
 
 def timeline_of(events: Sequence[Event], history: History, *, begin: float, goodput: Goodput) -> Timeline:

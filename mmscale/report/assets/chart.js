@@ -50,6 +50,7 @@ function inked(line) {
 
 const LEVEL = { stroke: "var(--soft)", "stroke-width": 1.4, "stroke-dasharray": "6 3" };
 const CHARACTER = 6.5; // width of a letter of a chart's texts
+const CUT_ROW = 13; // height of a row of labels of breaks
 const MANY_MARKS = 80, DASHES = ["7 3", "7 2 2 2", "3 3", "2 3"];
 
 // Place of the lowest value of a line behind its last gap; -1 where there are fewer than two, of which none is worth a mark.
@@ -272,21 +273,28 @@ class Chart {
     });
   }
 
-  // Lines where other data, batches or sequences begin, and what changed.
+  // Lines where other data, batches or sequences begin, and what changed. A label that would touch another one is below it.
   cuts(parent) {
     if (this.spec.raw) return;
-    const { top, bottom } = this.box;
+    const { top, bottom } = this.box, rows = [], labels = [];
     DATA.runs.forEach((run, number) => {
       const own = this.shown().filter((line) => line.run === number);
       for (const cut of run.cuts.filter((one) => own.some((line) => breaks(one, line.key ?? "")))) {
         const place = eventPlace(run, cut), x = place === null ? null : this.sx(place);
         if (x === null || place < this.x0 || place > this.x1) continue;
+        parent.append(el("line", { class: "cut", x1: x, x2: x, y1: top, y2: bottom, stroke: "var(--soft)", "stroke-width": 1.4 }));
         // On the side where it has room.
-        const fits = x + 4 + CHARACTER * cut.text.length < this.box.right;
-        parent.append(el("line", { class: "cut", x1: x, x2: x, y1: top, y2: bottom, stroke: "var(--soft)", "stroke-width": 1.4 }),
-          el("text", { class: "cut", x: fits ? x + 4 : x - 4, y: top + 9, "text-anchor": fits ? "start" : "end" }, cut.text));
+        const width = CHARACTER * cut.text.length, fits = x + 4 + width < this.box.right;
+        labels.push([fits ? x + 4 : x - 4 - width, width, cut.text, fits ? x + 4 : x - 4, fits]);
       }
     });
+    labels.sort((a, b) => a[0] - b[0]);
+    for (const [from, width, text, x, fits] of labels) {
+      const free = rows.findIndex((end) => end < from), row = free < 0 ? rows.length : free;
+      if (top + 9 + CUT_ROW * row > bottom) continue; // the line is left; zooming shows its label
+      rows[row] = from + width;
+      parent.append(el("text", { class: "cut", x, y: top + 9 + CUT_ROW * row, "text-anchor": fits ? "start" : "end" }, text));
+    }
   }
 
   at(event) {

@@ -1,24 +1,24 @@
 // Attempts and events of runs against the clock, and where their time went.
 "use strict";
-// Parts of the time, with their words and colours, in this order.
-const PARTS = [["steps", "--s-steps"], ["start_up", "--s-start"], ["save_stall", "--s-stall"], ["evaluation", "--s-eval"], ["lost", "--s-lost"], ["other", "--s-other"], ["waiting", "--s-wait"]].map(([name, tint]) => [name, DATA.parts[name], tint]);
+// Parts of the allocated time, with their words and colours, in this order.
+const PARTS = [["steps", "--s-steps"], ["start_up", "--s-start"], ["save_stall", "--s-stall"], ["evaluation", "--s-eval"], ["lost", "--s-lost"], ["other", "--s-other"]].map(([name, tint]) => [name, DATA.parts[name], tint]);
 // Routine events that are drawn, as marks: a circle or a square.
 const QUIET = { finish: [0, "--s-steps"], ended_early: [0, "--s-steps"], resume: [0, "--soft"], stop: [3, "--soft"] };
 const QUIET_WORDS = { finish: "finished", ended_early: "ended early", resume: "resumed", stop: "stopped on request" };
 const SPANS = { steps: "--s-steps", start_up: "--s-start", lost: "--s-lost" };
 
 // The meaning of the marks below the attempts, of those that are there.
-function marksLegend(events) {
-  const own = (shape) => { const svg = el("svg", { width: 14, height: 14, viewBox: "0 0 14 14", style: "vertical-align:-2px;margin-right:.3rem", "aria-hidden": "true" }); svg.append(shape); return svg; };
+function marksLegend(events, crosses) {
+  const own = (shape) => { const svg = el("svg", { width: 14, height: 14, viewBox: "0 0 14 14", style: "flex:none;margin:.15rem .3rem 0 0", "aria-hidden": "true" }); svg.append(shape); return svg; };
   const found = [], has = (name) => events.some((one) => one.event === name);
   if (has("save_committed")) found.push([el("line", { x1: 7, x2: 7, y1: 4, y2: 10, stroke: "var(--soft)", "stroke-width": 1.5 }), "checkpoint saved"]);
   for (const [name, word] of Object.entries(QUIET_WORDS)) if (has(name)) found.push([el("path", { d: MARKS[QUIET[name][0]](7, 7), fill: `var(${QUIET[name][1]})`, "fill-opacity": 0.45, stroke: `var(${QUIET[name][1]})` }), word]);
-  if (events.some((one) => !one.routine)) found.push([el("path", { d: "M2.5,2.5l9,9m0,-9l-9,9", stroke: "var(--bad)", "stroke-width": 2.2, fill: "none" }), "other event: point at it"]);
-  return el("div", { class: "legend marks", style: "margin:0 .5rem .3rem" }, ...found.map(([shape, word]) => el("span", {}, own(shape), word)));
+  if (crosses) found.push([el("path", { d: "M2.5,2.5l9,9m0,-9l-9,9", stroke: "var(--bad)", "stroke-width": 2.2, fill: "none" }), `${crosses}: point at it`]);
+  return el("div", { class: "legend marks", style: "margin:0 .5rem .3rem" }, ...found.map(([shape, word]) => el("span", { style: "display:inline-flex" }, own(shape), el("span", {}, word))));
 }
 
 function timelineOf(run, parent) {
-  const { spans, events, goodput, seconds, measured_start } = run.timeline;
+  const { spans, events, crosses, goodput, seconds, measured_start } = run.timeline;
   const box = el("section", { class: "panel wide", id: `timeline-${DATA.runs.indexOf(run)}` });
   const parts = PARTS.filter(([name]) => (seconds[name] ?? 0) > 0), total = parts.reduce((sum, [name]) => sum + seconds[name], 0);
   const word = goodput === null ? "" : `goodput ${(100 * goodput).toFixed(1)} %: the share of allocated time in steps that count`;
@@ -64,16 +64,17 @@ function timelineOf(run, parent) {
     strip.replaceChildren(svg);
   };
   listeners.push(draw);
-  box.append(marksLegend(events));
+  box.append(marksLegend(events, crosses));
   if (total > 0) {
-    const row = el("div", { style: "display:flex;height:1.1rem;border-radius:5px;overflow:hidden;margin:.5rem .5rem .3rem" });
+    const row = el("div", { class: "parts", style: "display:flex;height:1.1rem;border-radius:5px;overflow:hidden;margin:.5rem .5rem .3rem" });
     for (const [name, text, tint] of parts) {
-      const part = el("div", { style: `width:${(100 * seconds[name]) / total}%;background:var(${tint})` });
+      const part = el("div", { "data-share": (100 * seconds[name]) / total, style: `width:${(100 * seconds[name]) / total}%;background:var(${tint})` });
       part.addEventListener("pointermove", (event) => showTip(event, [[el("b", {}, text)], [`${duration(seconds[name] / 3600)}, ${((100 * seconds[name]) / total).toFixed(1)} %`]]));
       part.addEventListener("pointerleave", hideTip);
       row.append(part);
     }
     const legend = el("div", { class: "legend", style: "margin:0 .5rem .3rem" }, ...parts.map(([name, text, tint]) => el("span", {}, el("span", { style: `display:inline-block;width:.7rem;height:.7rem;border-radius:2px;margin-right:.35rem;background:var(${tint})` }), `${text} ${duration(seconds[name] / 3600)} (${((100 * seconds[name]) / total).toFixed(1)} %)`)));
+    if (seconds.waiting > 0) legend.append(el("span", {}, `besides, the run waited ${duration(seconds.waiting / 3600)} between attempts`));
     box.append(row, legend);
   }
 }

@@ -67,8 +67,19 @@ addEventListener("load", () => {
     return own.right > plot.right || own.left < plot.left;
   }).map(words);
   const breaks = document.querySelectorAll("text.cut").length;
+  // Labels of breaks that touch one another.
+  const touching = [...document.querySelectorAll("svg")].flatMap((svg) => {
+    const own = [...svg.querySelectorAll("text.cut")].map((one) => [words(one), one.getBoundingClientRect()]);
+    return own.flatMap(([name, a], i) => own.slice(i + 1).filter(([, b]) =>
+      a.left < b.right && b.left < a.right && a.top < b.bottom - 1 && b.top < a.bottom - 1).map(([other]) => `${name} | ${other}`));
+  });
+  // The timeline: what its legend says of the marks, and the parts of its bar.
+  const said = document.querySelector(".legend.marks").textContent;
+  const bar = [...document.querySelectorAll("#timeline-0 .parts > div")].map((one) => Number(one.dataset.share));
+  const timeline = document.querySelector("#timeline-0").textContent;
   const cards = document.querySelectorAll(".card").length;
-  document.title = JSON.stringify({ cut, broken, apart, close, marks, wide, cards, outside, breaks });
+  document.title = JSON.stringify({ cut, broken, apart, close, marks, wide, cards, outside, breaks, touching,
+    said, bar, timeline });
 });
 </script></body>"""
 WIDTHS = (1300, 760, 500)  # Chromium's narrowest window is 500
@@ -88,6 +99,12 @@ def eventful(folder: Path) -> Path:
     with (run / "events.jsonl").open("a") as file:
         for name in ("spike", "checkpoint_bad", "optimizer_fresh", "held_out_rising"):
             file.write(json.dumps({"time": 1200.0, "attempt": 2, "event": name, "step": 30}) + "\n")
+    # Labels of neighbouring breaks have no room beside each other.
+    texts = {13: "data.path", 14: "train.global_batch_size: 8 -> 16", 28: "model.seq_length: 64 -> 128", 29: "task x"}
+    with (run / "events.jsonl").open("a") as file:
+        for number, (step, text) in enumerate(texts.items(), start=2):
+            event = {"time": 1200.0 + number, "attempt": number, "event": "resume", "step": step, "changed": [text]}
+            file.write(json.dumps(event) + "\n")
     before = (run / "config.yaml").read_text() + "data: {path: data/icons}\noptim: {lr: 1.0e-3}\n"
     (run / "config.1.yaml").write_text(before)
     blend = "{blend: [{path: data/icons, weight: 2.0}, {path: data/a-second-set-with-a-long-name, weight: 1.0}]}"
@@ -131,6 +148,30 @@ def test_pictures_of_legends_do_not_touch_their_words(found: dict[str, Any]) -> 
 
 def test_labels_of_breaks_are_inside_their_charts(found: dict[str, Any]) -> None:
     assert found["breaks"] > 5 and found["outside"] == []
+
+
+def test_labels_of_breaks_do_not_touch(found: dict[str, Any]) -> None:
+    assert found["touching"] == []
+
+
+def test_the_legend_names_the_red_crosses(found: dict[str, Any]) -> None:
+    """docs/report.md calls an attempt whose processes were killed `died`."""
+    assert "died" in found["said"] and "other event" not in found["said"]
+
+
+def test_the_bar_and_goodput_are_shares_of_one_whole(found: dict[str, Any]) -> None:
+    """Waiting between attempts is not allocated: it is said, and is no part of the bar."""
+    assert sum(found["bar"]) == pytest.approx(100.0, abs=0.1)
+    goodput, steps, waited = (
+        re.search(pattern, found["timeline"])
+        for pattern in (
+            r"goodput ([0-9.]+) %",
+            r"steps that count [^(]*\(([0-9.]+) %\)",
+            r"waited \d+ s between attempts",
+        )
+    )
+    assert goodput and steps and waited, found["timeline"]
+    assert goodput[1] == steps[1] == f"{found['bar'][0]:.1f}"
 
 
 def test_headers_stand_above_their_columns(found: dict[str, Any]) -> None:

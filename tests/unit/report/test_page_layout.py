@@ -71,7 +71,8 @@ addEventListener("load", () => {
   const touching = [...document.querySelectorAll("svg")].flatMap((svg) => {
     const own = [...svg.querySelectorAll("text.cut")].map((one) => [words(one), one.getBoundingClientRect()]);
     return own.flatMap(([name, a], i) => own.slice(i + 1).filter(([, b]) =>
-      a.left < b.right && b.left < a.right && a.top < b.bottom - 1 && b.top < a.bottom - 1).map(([other]) => `${name} | ${other}`));
+      a.left < b.right && b.left < a.right && a.top < b.bottom - 1 && b.top < a.bottom - 1)
+      .map(([other]) => `${name} | ${other}`));
   });
   // The timeline: what its legend says of the marks, and the parts of its bar.
   const said = document.querySelector(".legend.marks").textContent;

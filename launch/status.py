@@ -26,8 +26,9 @@ from mmscale.checkpoint.layout import Store
 from mmscale.config.document import read_file
 from mmscale.errors import ConfigError, LaunchError, MmscaleError, shell_command
 from mmscale.resilience import lease
-from mmscale.runs.events import BEGINS, EARLY, EVENTS, ORDERLY_ENDS, read_events
+from mmscale.runs.events import BEGINS, EARLY, EVENTS, read_events
 from mmscale.runs.is_run import NAME_ANOTHER, no_run
+from mmscale.runs.last_step import last_step
 from mmscale.runs.run_progress import RunProgress
 from mmscale.train.stages.table import STAGES, of_folder
 
@@ -184,7 +185,7 @@ def _one(run: Path, jobs: _Jobs) -> dict[str, Any]:
     saved = max(Store.of_run(run).steps(), default=None)
     committed = next((e["time"] for e in reversed(events) if e["event"] == "save_committed"), None)
     step_time = last.get("step_time_s")
-    done = _steps_done(last, events)
+    done = last_step(events, logged=int(last.get("step", 0)), attempt=int(last.get("attempt", 0)))
     going = (
         state["state"].startswith("RUNNING")
         and state["reason"] != STARTING
@@ -200,7 +201,7 @@ def _one(run: Path, jobs: _Jobs) -> dict[str, Any]:
         "eta_s": (steps - done) * float(step_time) if going and steps is not None and step_time is not None else None,
         "tokens_per_second": last.get("tokens_per_second"),
         "slowest_rank": _slowest(last),
-        "loss": {key.removeprefix("loss/"): _number(last[key]) for key in last if key.startswith("loss/")},
+        "loss": _losses(run, last),
         "loss_step": int(last["step"]) if "step" in last else None,
         "last_checkpoint": saved,
         "last_checkpoint_age_s": None if committed is None or saved is None else max(0.0, time.time() - committed),
@@ -241,13 +242,10 @@ def _progress(run: Path) -> RunProgress:
     return found
 
 
-def _steps_done(line: dict[str, Any], events: Sequence[dict[str, Any]]) -> int:
-    """The last logged step, or the one after which that attempt or a later one saved and ended."""
-    logged, attempt = int(line.get("step", 0)), int(line.get("attempt", 0))
-    end = next((one for one in reversed(events) if one["event"] in ORDERLY_ENDS and "step" in one), None)
-    if end is None or int(end.get("attempt", 0)) < attempt:
-        return logged
-    return max(logged, int(end["step"])) if int(end.get("attempt", 0)) == attempt else int(end["step"])
+def _losses(run: Path, line: dict[str, Any]) -> dict[str, float]:
+    """The losses of a logged step by modality; of a stage that has none of them, its loss."""
+    found = {key.removeprefix("loss/"): _number(line[key]) for key in line if key.startswith("loss/")}
+    return found or ({of_folder(run).loss: _number(line["loss"])} if "loss" in line else {})
 
 
 def _slowest(line: dict[str, Any]) -> dict[str, Any] | None:

@@ -277,13 +277,15 @@ def verify(
 def _sources_of(run: Path) -> dict[str, Any]:
     """Passes over the data sets of a run, ready for JSON."""
     from mmscale.runs.events import read_events
+    from mmscale.runs.last_step import last_step
     from mmscale.runs.run_progress import RunProgress
     from mmscale.runs.sources_read import sources_read
 
     progress = RunProgress.load(run)
     progress.update(run)
-    step = int(progress.last.get("step", 0))
-    found = sources_read(read_events(run), step=step)
+    events, logged = read_events(run), progress.last
+    step = last_step(events, logged=int(logged.get("step", 0)), attempt=int(logged.get("attempt", 0)))
+    found = sources_read(events, step=step)
     if not found:
         raise UsageError(
             f"data inspect: {run} has no start event with its data sets",

@@ -23,8 +23,9 @@ from mmscale.report.timeline import Event, Timeline
 from mmscale.runs.attempts import attempts_with_settings, settings_file
 from mmscale.runs.display_names import EVENTS as EVENT_WORDS
 from mmscale.runs.display_names import in_words
-from mmscale.runs.events import ORDERLY_ENDS, ROUTINE
+from mmscale.runs.events import ROUTINE
 from mmscale.runs.held_out import ACCURACY, EVAL, HeldOut
+from mmscale.runs.last_step import last_step
 from mmscale.runs.metrics import METRICS
 from mmscale.runs.unrouted import note as unrouted_note
 from mmscale.runs.unrouted import unrouted
@@ -128,15 +129,14 @@ def _kind(history: History, key: str, measured: HeldOut) -> str:
 def _last_step(history: History, events: Sequence[Event]) -> str:
     """The last logged step, or the later one that the last attempt had saved when it ended in order."""
     logged = int(history.steps[-1])
-    attempts = [event for event in events if isinstance(event.get("attempt"), int)]
-    latest = max((int(event["attempt"]) for event in attempts), default=1)
-    ends = [
-        int(event["step"])
-        for event in attempts
-        if event["attempt"] == latest and event.get("event") in ORDERLY_ENDS and isinstance(event.get("step"), int)
-    ]
-    done = max([logged, *ends])
+    done = max(logged, step_reached(history, events))
     return f"{done:,}" if done == logged else f"{done:,}, the last logged one is {logged:,}"
+
+
+def step_reached(history: History, events: Sequence[Event]) -> int:
+    """The last step of the newest attempt."""
+    logged = int(history.steps[-1]) if len(history) else 0
+    return last_step(events, logged=logged, attempt=history.attempt or 0)
 
 
 def _at_step(history: History, key: str) -> str:

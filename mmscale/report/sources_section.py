@@ -14,6 +14,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from mmscale.report.facts import step_reached
 from mmscale.report.figure_style import COLOURS, GREY, dress, new_figure, save_figure
 from mmscale.report.page import Run
 from mmscale.runs.sources_read import SourceRead, sources_read
@@ -25,7 +26,7 @@ _LONGEST = 36  # letters of a path beside it
 
 def read_of(run: Run) -> list[SourceRead]:
     """The data sets of a run; empty if it did not write them."""
-    return sources_read(run.events, step=int(run.history.steps[-1]) if len(run.history) else 0)
+    return sources_read(run.events, step=step_reached(run.history, run.events))
 
 
 def sources_section(runs: Sequence[Run]) -> str:

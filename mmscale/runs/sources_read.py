@@ -20,7 +20,7 @@ class SourceRead:
     Attributes:
         path: its folder, as the run found it.
         tokens: of a pass, by modality.
-        done: passes at the last step that was logged.
+        done: passes at the last step.
         planned: passes at the end of the run.
         max_epochs: its limit of passes; None: none.
         repeated: share of its documents that equal an earlier one; None: unknown.
@@ -44,7 +44,7 @@ def sources_read(events: Iterable[Mapping[str, Any]], *, step: int) -> list[Sour
 
     Args:
         events: of the run.
-        step: the last one that was logged.
+        step: the last one (runs/last_step.py).
     """
     listed = [event["sources"] for event in events if event.get("event") in BEGINS and event.get("sources")]
     found = []

@@ -39,6 +39,7 @@ class Stage:
             configuration, the manifests of its data, and whether a change of the data is confirmed.
         recorded: returns the configuration that its folder and checkpoints record: the run's, or that of the stage as a
             run by itself.
+        loss: the name of a step's loss, if the stage logs none of each modality.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Stage:
     check_model: Callable[[Config], None]
     check_origin: Callable[[Config, Mapping[Path, Manifest], bool], None]
     recorded: Callable[[Config], Config]
+    loss: str = "all"
 
     def folder(self, run: Path) -> Path:
         """Folder of the stage in a run: checkpoints, logs, launches."""
@@ -145,6 +147,7 @@ STAGES = {
             check_model=auxiliary_settings.check_model,
             check_origin=auxiliary_settings.check_main,
             recorded=_unchanged,
+            loss="routers",
         ),
         Stage(
             name=sft_settings.NAME,

@@ -29,3 +29,21 @@ def test_an_older_step_is_named(
     assert (found["step"], found["loss_step"]) == (stopped, 1)
     assert main(["status", str(tmp_path)]) == 0
     assert shown in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(("stage", "shown"), [("auxiliary", "routers 0.412"), ("sft", "all 0.412"), ("", "all 0.412")])
+def test_a_loss_without_modalities_is_shown(
+    stage: str, shown: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The auxiliary stage logs the loss of routers only."""
+    monkeypatch.setenv("COLUMNS", "300")
+    (tmp_path / "config.yaml").write_text("train: {steps: 120}\n")
+    run = tmp_path / stage
+    metrics, events = MetricsLog(run, attempt=1), EventLog(run, 1)
+    (run / "config.yaml").write_text("train: {steps: 120}\n")
+    events.add("start", step=0)
+    metrics.write(1, {"loss": 0.412, "time": 1.0})
+    for log in (metrics, events):
+        log.close()
+    assert main(["status", str(run)]) == 0
+    assert shown in " ".join(capsys.readouterr().out.split())

@@ -73,6 +73,18 @@ def test_inspect_of_a_run_shows_passes_done_and_planned(tmp_path: Path, capsys: 
     assert found["step"] == 15 and found["sources"][1]["done"] == 2.0 and found["sources"][1]["max_epochs"] == 2
 
 
+def test_steps_after_the_last_logged_one_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """15 steps are logged, and the run was stopped after step 18."""
+    run = make_run(tmp_path / "run")
+    with (run / "events.jsonl").open("a") as file:
+        file.write(json.dumps({"time": 1100.0, "attempt": 1, "event": "stop", "step": 18}) + "\n")
+    assert main(["data", "inspect", str(run)]) == 0
+    said = capsys.readouterr().out
+    assert "step 18" in said and "3.40 of 4.00 planned passes" in said
+    assert main(["report", str(run), "--out", str(tmp_path / "report.html"), "--no-png"]) == 0
+    assert "<td>3.40</td><td>4.00</td>" in (tmp_path / "report.html").read_text()
+
+
 def test_the_page_shows_them_as_a_figure_and_a_table(tmp_path: Path) -> None:
     run, old = make_run(tmp_path / "run"), make_run(tmp_path / "old", sources=None)
     out = tmp_path / "report.html"

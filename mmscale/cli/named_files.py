@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mmscale.errors import CheckpointError, DataError, UsageError, no_folder
+from mmscale.errors import CheckpointError, ConfigError, DataError, UsageError, no_folder
 
 BEST = "best"  # after an @, instead of a step
 
@@ -107,10 +107,30 @@ def split_step(text: str) -> tuple[Path, int | None]:
 def _best_of(run: Path) -> int:
     from mmscale.checkpoint.layout import Store
 
+    if not run.is_dir():
+        raise CheckpointError(no_folder(run), remedy="name another run")
     best = Store.of_run(run).best()
     if best is None:
+        metric = _kept_best(run)
+        if metric:
+            raise UsageError(
+                f"{run}@{BEST}: the run has saved none after an evaluation of {metric} (checkpoint.keep_best)",
+                remedy="wait for one, or name a step",
+            )
         raise UsageError(
             f"{run}@{BEST}: no checkpoint of this run is known to be the best one",
             remedy="train with checkpoint.keep_best=eval/loss, or name a step",
         )
     return best
+
+
+def _kept_best(run: Path) -> str | None:
+    """`checkpoint.keep_best` of a run's latest attempt; None: it is not set, or cannot be read."""
+    from mmscale.config.document import read_file
+    from mmscale.runs.attempts import settings_file
+
+    try:
+        found = read_file(settings_file(run, None)).data["checkpoint"]["keep_best"]
+    except (ConfigError, KeyError, TypeError):
+        return None
+    return None if found is None else str(found)

@@ -18,6 +18,7 @@ from mmscale.cli.bench import split_options
 from mmscale.cli.named_files import split_step
 from mmscale.cli.stage import StageName
 from mmscale.errors import (
+    MmscaleError,
     UsageError,
 )
 from mmscale.resilience.lease import owner
@@ -205,6 +206,27 @@ def test_nproc_inside_another_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
         ranks.starts_ranks(2)
     monkeypatch.setenv("MMSCALE_LAUNCHER", "local")
     assert not ranks.starts_ranks(2)
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "cause", "remedy"),
+    [
+        (None, "there is no folder", "name another"),
+        ("{}", "no checkpoint of this run is known to be the best one", "train with checkpoint.keep_best=eval/loss"),
+        ("{keep_best: null}", "known to be the best one", "train with checkpoint.keep_best=eval/loss"),
+        ("{keep_best: eval/loss/image}", "has saved none after an evaluation of eval/loss/image", "wait for one"),
+        ("[", "known to be the best one", "train with checkpoint.keep_best=eval/loss"),
+    ],
+)
+def test_a_best_checkpoint_that_is_missing(checkpoint: str | None, cause: str, remedy: str, tmp_path: Path) -> None:
+    """The advice is not what the run has already."""
+    run = tmp_path / "own"
+    if checkpoint is not None:
+        run.mkdir()
+        (run / "config.yaml").write_text(f"checkpoint: {checkpoint}\n")
+    with pytest.raises(MmscaleError) as caught:
+        split_step(f"{run}@best")
+    assert cause in caught.value.cause and remedy in (caught.value.remedy or "")
 
 
 def test_split_step() -> None:

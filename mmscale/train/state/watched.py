@@ -147,6 +147,13 @@ class Watch:
         self.on_event("held_out_rising", step=step, metric=LOSS, evaluations=RISING, value=trend.last)
         self.say(
             f"note: step {step}: the held-out loss has risen in {RISING} evaluations in a row, to {trend.last:.4f}; "
-            f"it was lowest at step {trend.best_step} ({trend.best:.4f}). The run may overfit its data: see "
-            "checkpoint.keep_best and train.stop_when"
+            f"it was lowest at step {trend.best_step} ({trend.best:.4f}). The run may overfit its data{self._advice()}"
         )
+
+    def _advice(self) -> str:
+        """What to do when the held-out loss rises: the settings that are not set."""
+        kept = "; checkpoint.keep_best keeps the best one" if self.keep_best else ""
+        unset = [] if self.keep_best else ["checkpoint.keep_best"]
+        unset += [] if self.stop_when is not None else ["train.stop_when"]
+        see = f"see {' and '.join(unset)}"
+        return kept + (f". S{see[1:]}" if kept and unset else f": {see}" if unset else "")

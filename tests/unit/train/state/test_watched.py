@@ -171,6 +171,23 @@ def test_a_rising_loss_is_noted_once_each_time_it_rises() -> None:
     assert len(run.lines) == 2
 
 
+STOP = "train.stop_when={metric: eval/loss, patience: 50}"
+
+
+@pytest.mark.parametrize(("given", "advice"), [
+    ([], ": see checkpoint.keep_best and train.stop_when"),
+    ([f"checkpoint.keep_best={LOSS}"], "; checkpoint.keep_best keeps the best one. See train.stop_when"),
+    ([f"checkpoint.keep_best={OTHER}"], "; checkpoint.keep_best keeps the best one. See train.stop_when"),
+    ([STOP], ": see checkpoint.keep_best"),
+    ([f"checkpoint.keep_best={LOSS}", STOP], "; checkpoint.keep_best keeps the best one"),
+])  # fmt: skip
+def test_a_rising_loss_advises_what_is_not_set(given: list[str], advice: str) -> None:
+    run = Run()
+    run.evaluate(run.watch(config(*given)), 2.0, *(2.0 + 0.1 * number for number in range(1, RISING + 1)))
+    (line,) = run.lines
+    assert line.endswith(f"The run may overfit its data{advice}")
+
+
 @pytest.mark.parametrize("joint", [False, True])
 @pytest.mark.parametrize("thresholds", [False, True])
 @pytest.mark.parametrize("dense", [False, True])

@@ -19,7 +19,9 @@ from mmscale.config import Config
 from mmscale.config.load import dump
 from mmscale.data.prepared.manifest import NO_TOKENIZER
 from mmscale.data.vocab import IMAGE
+from mmscale.runs.events import read_events
 from mmscale.runs.held_out import ACCURACY, HeldOut, words_of
+from mmscale.runs.leaks import leaks_in
 from mmscale.runs.metrics import read_metrics
 from mmscale.train.stages.stage_report import report_of
 
@@ -113,6 +115,7 @@ def _body(config: Config, report: dict[str, Any], *, run: Path, step: int) -> st
                 use,
                 "## Results on held-out data",
                 losses_table(config, run, step),
+                *(f"{line}." for line in leaks_in(read_events(run), step=step)),
                 "## Data",
                 _facts(_sources(config, step) | report["data"]),
                 "## Conversion",

@@ -278,6 +278,7 @@ def _sources_of(run: Path) -> dict[str, Any]:
     """Passes over the data sets of a run, ready for JSON."""
     from mmscale.runs.events import read_events
     from mmscale.runs.last_step import last_step
+    from mmscale.runs.leaks import leaks_in
     from mmscale.runs.run_progress import RunProgress
     from mmscale.runs.sources_read import sources_read
 
@@ -294,6 +295,7 @@ def _sources_of(run: Path) -> dict[str, Any]:
     return {
         "run": str(run),
         "step": step,
+        "leaks": leaks_in(events),
         "sources": [asdict(one) | {"tokens_done": one.tokens_done} for one in found],
     }
 
@@ -304,6 +306,7 @@ def _print_sources(result: dict[str, Any]) -> None:
         limit = f", at most {one['max_epochs']}" if one["max_epochs"] else ""
         rows.append((one["path"], f"{one['done']:.2f} of {one['planned']:.2f} planned passes{limit}"))
         rows.append(("", f"{_counts(one['tokens'])} tokens in a pass, {one['tokens_done']:,} read"))
+    rows += [("held out", line) for line in result["leaks"]]
     pairs(rows)
 
 
@@ -351,10 +354,9 @@ def _content(result: dict[str, Any], *, remarks: bool) -> list[tuple[str, object
     if shared is None:
         return [("held out", "not compared with training documents: they are of a Megatron corpus (data dedup does)")]
     rows: list[tuple[str, object]] = []
-    for what, (common, total) in shared.items():
-        if common and remarks:
-            part = f"{common:,} of {total:,} {what} ({common / total:.1%})"
-            rows.append(("held out", f"{part} are in training documents too: --held-out marks them"))
+    if result["leaks"] and remarks:
+        rows += [("held out", line) for line in result["leaks"]]
+        rows.append(("", "--held-out marks them"))
     for what, pair in repeated.items():
         if not pair or not pair[0] or not (remarks or what in ("pictures", "texts")):
             continue

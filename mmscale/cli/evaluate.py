@@ -195,6 +195,8 @@ def _evaluation(result: dict[str, Any]) -> None:
     if result.get("routers"):
         shown.print("auxiliary routers compared with the choices of batch routing:")
         shown.print(_routers(result["routers"]))
+    for line in result.get("notes", ()):
+        shown.print(f"note: {line}", markup=False)
     if note := _other_extents(result):
         shown.print(note, markup=False)
     if result.get("sees_later_tokens") or "batch" in result:

@@ -139,6 +139,16 @@ def verify(
             seen[file] = found
 
 
+def check_path(path: str, what: str) -> None:
+    """Refuse a path without a file, or a folder without files; arguments as for `of_path`.
+
+    Raises:
+        DataError: there is none.
+    """
+    if not Path(path).is_file() and not any(file.is_file() for file in Path(path).rglob("*")):
+        raise DataError(f"{what}: there is no {path}", remedy="correct the path")
+
+
 def of_path(path: str | None, what: str) -> str | None:
     """SHA-256 of a file, or of the names and contents of all files of a folder; None if `path` is None.
 
@@ -151,10 +161,9 @@ def of_path(path: str | None, what: str) -> str | None:
     """
     if path is None:
         return None
+    check_path(path, what)
     root = Path(path)
     files = [root] if root.is_file() else sorted(file for file in root.rglob("*") if file.is_file())
-    if not files:
-        raise DataError(f"{what}: there is no {path}", remedy="correct the path")
     digest = hashlib.sha256()
     for file in files:
         name = file.relative_to(root).as_posix() if file != root else ""

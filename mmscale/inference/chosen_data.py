@@ -23,7 +23,8 @@ Neighbours = int | Literal["random"]
 
 def with_data(config: Config, folder: Path) -> Config:
     """The configuration with another data set as the only one to evaluate on."""
-    changed = config.data.model_copy(update={"path": str(folder), "blend": (), "validation": {}})
+    described = {"prepare": None} if str(folder) != config.data.path else {}
+    changed = config.data.model_copy(update={"path": str(folder), "blend": (), "validation": {}} | described)
     return config.model_copy(update={"data": changed})
 
 

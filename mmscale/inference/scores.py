@@ -22,6 +22,7 @@ from mmscale.data.modalities.table import open_codecs
 from mmscale.data.modalities.text_tokens import open_text_tokenizer
 from mmscale.data.prepared.manifest import HELD_OUT, read_manifest
 from mmscale.data.prepared.named_tasks import having, names, question_file
+from mmscale.data.prepared.prepared_with import other_settings
 from mmscale.data.prepared.questions import encoder_of, read_questions, tokenizers_folder
 from mmscale.data.prepared.tasks import TaskItem, read_task
 from mmscale.data.stream.answer_requests import AnswerRequest, Answers
@@ -151,13 +152,16 @@ def measured(
         used); `task/<key>` of each plug-in; for a blend `source/<name>/...`; for each set of `data.validation`
         `validation/<name>/...`; `batches`, `batches_available` and `batches_in_training` of the first of these sets;
         `extents`, the same for each of them by its name in words; `eval_batches`, the setting; `not_asked`, files in
-        `train.tasks` that are not among `questions`.
+        `train.tasks` that are not among `questions`; `notes`, if the data was prepared with other settings than the
+        configuration's.
 
     Raises:
         DataError: the data is missing or damaged, or there is none to evaluate on.
     """
     vocabulary = Vocabulary.from_config(config.vocab)
     result: dict[str, Any] = {}
+    if notes := other_settings(config):
+        result["notes"] = notes
     passes = passes_of(config)  # the blend first
     extents = {_set_in_words(prefix): _extent(config, data, batches=scorer.batches) for prefix, data in passes.items()}
     result |= next(iter(extents.values())) | {"eval_batches": config.train.eval_batches, "extents": extents}

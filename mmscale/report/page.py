@@ -32,6 +32,7 @@ from mmscale.report.timeline import Goodput, Timeline, timeline_of
 from mmscale.runs.display_names import TIME_PARTS
 from mmscale.runs.events import BEGINS, read_events
 from mmscale.runs.is_run import check_runs
+from mmscale.runs.leaks import leaks_in
 from mmscale.wording import numbered
 
 _SCRIPTS = ("base.js", "chart.js", "layers.js", "timeline.js", "page.js")
@@ -241,6 +242,7 @@ def _subtitle(runs: Sequence[Run]) -> str:
 def _notes(runs: Sequence[Run]) -> str:
     histories, settings = {run.name: run.history for run in runs}, {run.name: run.settings for run in runs}
     found = facts.notes({run.name: run.path for run in runs}, histories, settings)
+    found += [f"{run.name}: {line}." for run in runs for line in leaks_in(run.events)]
     return f'<ul class="notes">{"".join(f"<li>{escape(note)}</li>" for note in found)}</ul>' if found else ""
 
 

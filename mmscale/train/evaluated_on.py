@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from mmscale.config import Config
+from mmscale.data.prepared.leaks import leaks_of
 from mmscale.data.prepared.manifest import Manifest
 from mmscale.data.prepared.named_tasks import having, named_tasks
+from mmscale.data.prepared.prepared_with import other_settings
 from mmscale.data.prepared.tasks import TaskItem, replaced
 from mmscale.data.prepared.tasks import identities_of as identities_of_tasks
 from mmscale.data.prepared.validation import identities_of, read_validation
+from mmscale.runs.leaks import FIELD
 from mmscale.train.steps.task_scores import chance_of, describe
 
 
@@ -21,14 +24,15 @@ class EvaluatedOn:
     """Validation sets and tasks.
 
     Attributes:
-        lines: one for each, printed at the start of the run.
+        lines: one for each, and notes on the data, printed at the start of the run.
         kept: `validation` and `tasks` in a checkpoint's metadata: names, and hashes of their content.
-        start_fields: of the event of the start: `guessing`, the accuracy of guessing for each task with choices.
+        start_fields: of the event of the start: `guessing`, the accuracy of guessing for each task with choices, and
+            `leaks`, what held-out documents share with training documents.
     """
 
     lines: list[str] = field(default_factory=list)
     kept: dict[str, list[dict[str, str]]] = field(default_factory=dict)
-    start_fields: dict[str, dict[str, float]] = field(default_factory=dict)
+    start_fields: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, config: Config, blend: Mapping[Path, Manifest], tasks: Mapping[str, Sequence[TaskItem]]) -> EvaluatedOn:
@@ -45,8 +49,12 @@ class EvaluatedOn:
             others = having(name, blend)[1:] if place in blend else having(name, blend)
             lines.append(describe(name, tasks[name], place=place, others=others))
         chances = {name: chance for name, items in tasks.items() if (chance := chance_of(items)) is not None}
+        trained = {Path(one.path): blend[Path(one.path)] for one in config.data.sources if one.trained}
+        leaks = leaks_of(trained, dict(blend) | {one.folder: one.manifest for one in sets})
+        lines += [f"note: {line}" for line in (*leaks, *other_settings(config))]
         kept = {"validation": identities_of(sets), "tasks": identities_of_tasks(tasks)}
-        return cls(lines, kept, {"guessing": chances} if chances else {})
+        fields: dict[str, Any] = {"guessing": chances} if chances else {}
+        return cls(lines, kept, fields | ({FIELD: leaks} if leaks else {}))
 
     def changed(self, info: Mapping[str, Any]) -> list[str]:
         """One line for each task whose questions have changed since a checkpoint was written.

@@ -155,6 +155,15 @@ class AudioModality:
     shipped: ClassVar[bool] = True
 
     @staticmethod
+    def check(settings: Any, prepare: Any, codes: int) -> None:
+        """Refuse settings that `fit` would refuse, without recordings.
+
+        Raises:
+            ValueError: a setting is unknown or does not fit.
+        """
+        _settings(settings)
+
+    @staticmethod
     def fit(settings: Any, items: Any, codes: int, report: Any) -> AudioCodec | None:
         """A codebook of the frames of training recordings.
 
@@ -167,11 +176,7 @@ class AudioModality:
         Raises:
             ValueError: a setting is unknown or does not fit.
         """
-        known = [field.name for field in fields(AudioSettings)]
-        for name in settings:
-            if name not in known:
-                raise ValueError(f"there is no setting {name!r}, only {', '.join(known)}")
-        own = AudioSettings(**settings)
+        own = _settings(settings)
         blank = AudioCodec(own, np.zeros((1, own.frames * own.bands), np.uint8))
         report.on_progress("reading recordings")
         read = list(items.values("train", own.fit_items, lambda source: AudioModality.read(source, blank)))
@@ -253,6 +258,15 @@ class AudioModality:
         error = round(float(np.sqrt(np.mean(lost**2)) * (-_FLOOR_DB / _STEPS)), 3)
         used = len(np.unique(codes))
         return {"recordings": len(items), "codes_used": used, "error_db": error, "said": f"error {error} dB"}
+
+
+def _settings(given: Mapping[str, Any]) -> AudioSettings:
+    """The settings; raises ValueError if one is unknown or does not fit."""
+    known = [field.name for field in fields(AudioSettings)]
+    for name in given:
+        if name not in known:
+            raise ValueError(f"there is no setting {name!r}, only {', '.join(known)}")
+    return AudioSettings(**given)
 
 
 def _of_codes(settings: AudioSettings) -> dict[str, Any]:

@@ -6,6 +6,7 @@ are used only to measure the reconstruction of items. Each modality's own module
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -17,6 +18,7 @@ import numpy as np
 
 from mmscale.config import PrepareConfig
 from mmscale.config.plugins import use_of
+from mmscale.data import digests
 from mmscale.data.documents.refusal import BadDocumentError
 from mmscale.data.documents.schema import Document, DocumentSlice, SplitName, Text
 from mmscale.data.modalities import text_tokens
@@ -49,11 +51,6 @@ def text_tokenizer(
             return TextTokenizer.load(folder / text_tokens.FILE, size=high - low)
         except DataError:
             reporter.say(f"{folder} is damaged and made again")
-    if settings.text.kind != "bpe" and settings.text.load is not None:
-        raise ConfigError(
-            f"data.prepare.text: kind is {settings.text.kind}, and load names a tokenizer",
-            remedy="remove one of the two",
-        )
     if settings.text.kind == "bytes":
         tokenizer = TextTokenizer.of_bytes(size=high - low, specials=vocabulary.specials)
     elif settings.text.load is not None:
@@ -102,11 +99,18 @@ def item_tokenizers(
     return found
 
 
-def check_settings(settings: PrepareConfig, vocabulary: Vocabulary) -> None:
-    """Refuse settings of a modality that the vocabulary does not have.
+def check_settings(settings: PrepareConfig, vocabulary: Vocabulary, *, out: Path | None = None) -> None:
+    """Refuse settings with which a tokenizer cannot be made or loaded, before any document is read.
+
+    Args:
+        settings: of all modalities.
+        vocabulary: has their ranges.
+        out: the data set's folder, whose finished tokenizers are used as they are; None: all are made.
 
     Raises:
-        ConfigError: there are such settings.
+        ConfigError: settings of a modality that the vocabulary does not have; or they are unknown, or do not fit each
+            other or the range.
+        DataError: a named tokenizer cannot be read, or does not fit into its range.
     """
     for name in settings.modalities:
         if name not in MODALITIES or vocabulary.marks(name) is None:
@@ -116,6 +120,69 @@ def check_settings(settings: PrepareConfig, vocabulary: Vocabulary) -> None:
                 f"(there are: {known})",
                 remedy="add it to vocab.modalities with marks: true, or remove its settings",
             )
+    if out is None or not (out / text_tokens.FOLDER / text_tokens.FILE).is_file():
+        _check_text(settings, vocabulary)
+    for name in vocabulary.names[1:]:
+        if name in MODALITIES and vocabulary.marks(name) and not (out and (out / folder_of(name)).is_dir()):
+            low, high = vocabulary.range_of(name)
+            _check_items(name, settings, high - low)
+
+
+def _check_text(settings: PrepareConfig, vocabulary: Vocabulary) -> None:
+    low, high = vocabulary.ranges[0]
+    if settings.text.kind != "bpe" and settings.text.load is not None:
+        raise ConfigError(
+            f"data.prepare.text: kind is {settings.text.kind}, and load names a tokenizer",
+            remedy="remove one of the two",
+        )
+    if settings.text.load is not None:
+        digests.check_path(settings.text.load, "data.prepare.text.load")
+        TextTokenizer.load(Path(settings.text.load), size=high - low, specials=vocabulary.specials)
+    elif settings.text.kind in ("bpe", "bytes") and settings.source != "megatron":
+        TextTokenizer.of_bytes(size=high - low, specials=vocabulary.specials)  # raises: the range is too small
+
+
+def _check_items(name: str, settings: PrepareConfig, codes: int) -> None:
+    modality: Any = MODALITIES[name]
+    own, load = _own_settings(name, settings)
+    if load is not None:
+        digests.check_path(str(load), f"data.prepare.modalities.{name}.{LOAD}")
+        _check_codes(name, load_codec(name, load), codes)
+        return
+    if hasattr(modality, "check"):
+        with _named(name):
+            codec = modality.check(own, settings, codes)
+        if codec is not None:
+            _check_codes(name, codec, codes)
+
+
+def _own_settings(name: str, settings: PrepareConfig) -> tuple[dict[str, Any], Path | None]:
+    """The settings of a modality, and the folder of a fitted tokenizer to use instead of them."""
+    own = dict(settings.modalities.get(name, {}))
+    load = own.pop(LOAD, None)
+    if load is not None and own:
+        raise ConfigError(
+            f"data.prepare.modalities.{name}: load is given, and {', '.join(own)}",
+            remedy="remove the other settings: the tokenizer in the folder has its own",
+        )
+    return own, None if load is None else Path(str(load))
+
+
+@contextlib.contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Adds the name of a modality to errors about its settings."""
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(f"data.prepare.modalities.{name}: {error}", remedy="correct these settings") from error
+
+
+def _check_codes(name: str, codec: Codec, codes: int) -> None:
+    if codec.vocab_size > codes:
+        raise DataError(
+            f"{name} tokenizer: {codec.kind} has {codec.vocab_size} codes, the {name} range {codes} ids",
+            remedy=f"give {name} {codec.vocab_size} ids in vocab.modalities",
+        )
 
 
 def _item_tokenizer(
@@ -138,11 +205,7 @@ def _item_tokenizer(
         codec = _made(name, items, high - low, Report(on_progress, reporter.say))
     if codec is None:
         return None
-    if codec.vocab_size > high - low:
-        raise DataError(
-            f"{what}: {codec.kind} has {codec.vocab_size} codes, the {name} range {high - low} ids",
-            remedy=f"give {name} {codec.vocab_size} ids in vocab.modalities",
-        )
+    _check_codes(name, codec, high - low)
     with reporter.part(what) as on_progress:
         on_progress("measuring what is lost")
         measured = _measure(codec, items)
@@ -155,19 +218,11 @@ def _item_tokenizer(
 
 
 def _made(name: str, items: Sample, codes: int, report: Report) -> Codec | None:
-    own = dict(items.settings.modalities.get(name, {}))
-    load = own.pop(LOAD, None)
-    if load is not None and own:
-        raise ConfigError(
-            f"data.prepare.modalities.{name}: load is given, and {', '.join(own)}",
-            remedy="remove the other settings: the tokenizer in the folder has its own",
-        )
+    own, load = _own_settings(name, items.settings)
     if load is not None:
-        return load_codec(name, Path(str(load)))
-    try:
+        return load_codec(name, load)
+    with _named(name):
         return MODALITIES[name].fit(own, items, codes, report)
-    except ValueError as error:
-        raise ConfigError(f"data.prepare.modalities.{name}: {error}", remedy="correct these settings") from error
 
 
 def _measure(codec: Codec, items: Sample) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from mmscale.config import PrepareConfig
 from mmscale.data.modalities import image_kinds, image_tokens
 from mmscale.data.modalities.image_files import (
     ENLARGED,
@@ -44,6 +45,17 @@ class ImageModality:
     shipped: ClassVar[bool] = False  # exports contain image_codes_moma.py and pixels_moma.py instead
 
     @staticmethod
+    def check(settings: Mapping[str, Any], prepare: PrepareConfig, codes: int) -> ImageTokenizer | None:
+        """Refuse settings of `data.prepare.image` that `fit` would refuse, without images.
+
+        Raises:
+            ConfigError: they do not fit each other.
+            DataError: a named folder cannot be read.
+        """
+        _refuse_own(settings)
+        return image_kinds.check_image(prepare.image, codes)
+
+    @staticmethod
     def fit(settings: Mapping[str, Any], items: Sample, codes: int, report: Report) -> ImageTokenizer | None:
         """The tokenizer of `data.prepare.image`, fitted to training images if it has a codebook.
 
@@ -51,10 +63,7 @@ class ImageModality:
             ConfigError: its settings do not fit each other.
             DataError: a named folder cannot be read.
         """
-        if settings:
-            raise ConfigError(
-                f"data.prepare.modalities.image has {', '.join(settings)}", remedy="use data.prepare.image instead"
-            )
+        _refuse_own(settings)
         return image_kinds.fit_image_tokenizer(items, codes, report)
 
     @staticmethod
@@ -119,6 +128,13 @@ class ImageModality:
         if measured["psnr_db"] is not None:
             lost = f"PSNR {measured['psnr_db']} dB"
         return measured | {"said": lost}
+
+
+def _refuse_own(settings: Mapping[str, Any]) -> None:
+    if settings:
+        raise ConfigError(
+            f"data.prepare.modalities.image has {', '.join(settings)}", remedy="use data.prepare.image instead"
+        )
 
 
 def _were(count: int) -> str:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from mmscale import bounded
 from mmscale.config import ImageTokenizerConfig
 from mmscale.config.plugins import use_of
+from mmscale.data import digests
 from mmscale.data.modalities.image_files import read_pixels
 from mmscale.data.modalities.image_plugin import PluginTokenizer
 from mmscale.data.modalities.image_settings import SETTINGS, Fitting
@@ -54,6 +55,29 @@ def fit_image_tokenizer(items: Sample, codes: int, report: Report) -> ImageToken
     if image.path is not None and (Path(image.path) / SETTINGS).is_file():
         return _reused(image)
     return FITS.get(image.kind, _fit_plugin)(items, codes, report)
+
+
+def check_image(image: ImageTokenizerConfig, codes: int) -> ImageTokenizer | None:
+    """Refuse settings with which `fit_image_tokenizer` cannot make a tokenizer, without images.
+
+    Args:
+        image: the settings.
+        codes: ids of the image range.
+
+    Returns:
+        The tokenizer, if it needs no images. A model of kind vq is not read: this takes seconds.
+
+    Raises:
+        ConfigError, DataError: as for `fit_image_tokenizer`.
+    """
+    if image.path is not None:
+        digests.check_path(image.path, "data.prepare.image.path")
+    if image.kind == "vq":
+        _check_vq(image)
+        return None
+    if image.path is not None and (image.kind not in FIXED or (Path(image.path) / SETTINGS).is_file()):
+        return _reused(image)
+    return without_images(image, codes)
 
 
 def load_image_tokenizer(folder: Path) -> ImageTokenizer:
@@ -102,15 +126,28 @@ def _fit_levels(items: Sample, codes: int, report: Report) -> LevelsTokenizer:
     return _levels(items.settings.image, codes)
 
 
+def _check_vq(image: ImageTokenizerConfig) -> None:
+    path = _path_of_vq(image)
+    if not ((path / SETTINGS).is_file() or (path / "config.json").is_file()):
+        raise DataError(
+            f"image tokenizer: {path} is no model folder: it has no config.json",
+            remedy="name a local folder of a JanusVQVAE, Emu3VQVAE or ChameleonVQVAE in data.prepare.image.path",
+        )
+
+
+def _path_of_vq(image: ImageTokenizerConfig) -> Path:
+    if image.path is None:
+        raise ConfigError("data.prepare.image: kind vq needs path", remedy="name the local folder of a VQ model")
+    return Path(image.path)
+
+
 def _fit_vq(items: Sample, codes: int, report: Report) -> ImageTokenizer:
     del codes, report
     image = items.settings.image
-    if image.path is None:
-        raise ConfigError("data.prepare.image: kind vq needs path", remedy="name the local folder of a VQ model")
+    path, fitting = _path_of_vq(image), fitting_of(image)
     # Imports torch and transformers, which the other kinds do not need.
     from mmscale.data.modalities.image_vq import VQTokenizer
 
-    path, fitting = Path(image.path), fitting_of(image)
     return VQTokenizer.from_pretrained(path, size=image.size, channels=image.channels, fitting=fitting)
 
 

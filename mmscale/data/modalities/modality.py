@@ -130,6 +130,26 @@ def count(tally: Tally, amounts: Mapping[str, float]) -> None:
         tally[key] = tally.get(key, 0) + amount
 
 
+class Checking(Protocol):
+    """Additional method of a modality that can refuse settings before a document is read."""
+
+    @staticmethod
+    def check(settings: Mapping[str, Any], prepare: PrepareConfig, codes: int) -> Codec | None:
+        """Refuse settings with which `Modality.fit` cannot make a tokenizer.
+
+        Args:
+            settings: `data.prepare.modalities.NAME`.
+            prepare: `data.prepare`.
+            codes: ids of the modality's range.
+
+        Returns:
+            The tokenizer, if it needs no items and is read quickly; its number of codes is checked.
+
+        Raises:
+            ValueError: settings are unknown or do not fit each other.
+        """
+
+
 class Counting(Protocol):
     """Additional methods of a modality whose items are converted with losses when they are read."""
 

@@ -25,6 +25,7 @@ from mmscale.data.modalities.text_tokens import TextTokenizer, open_text_tokeniz
 from mmscale.data.prepared.content_facts import content_facts
 from mmscale.data.prepared.identity import identity_of
 from mmscale.data.prepared.label_masks import label_counts, map_label_counts
+from mmscale.data.prepared.leaks import leaks_of_companion
 from mmscale.data.prepared.manifest import Manifest, Part, read_manifest, read_table
 from mmscale.data.prepared.neighbours import (
     NO_NEIGHBOUR,
@@ -71,6 +72,7 @@ def summary(folder: Path) -> dict[str, Any]:
         "selection": _selection(folder, manifest),
         "neighbours": _tables(folder, manifest),
         "held_out_in_training": None if facts is None else _lists(asdict(facts.shared)),
+        "leaks": [] if facts is None else [*facts.shared.lines(), *leaks_of_companion(folder, manifest)],
         "repeated": None if facts is None else _lists(asdict(facts.repeated)),
     }
 

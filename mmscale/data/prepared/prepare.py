@@ -53,7 +53,7 @@ from mmscale.data.prepared.parts import (
     read_finished,
     strict_error,
 )
-from mmscale.data.prepared.questions import read_questions
+from mmscale.data.prepared.questions import check_questions, read_questions
 from mmscale.data.prepared.rejected_reasons import rejected_words
 from mmscale.data.prepared.remarks import remarks_on
 from mmscale.data.prepared.reuse import check_companions, companion_of
@@ -188,7 +188,9 @@ def _begun(config: Config, out: Path, *, overwrite: bool, progress: bool) -> tup
         )
     reporter = Reporter(enabled=progress)
     vocabulary = Vocabulary.from_config(config.vocab)
-    check_settings(settings, vocabulary)
+    check_settings(settings, vocabulary, out=None if overwrite else out)
+    for file in settings.tasks.values():
+        check_questions(Path(file))
     for use in uses(settings, "data.prepare."):
         plugins.check(use)
     for note in check_companions(config, settings, out, overwrite=overwrite):

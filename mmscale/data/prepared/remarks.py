@@ -10,6 +10,7 @@ from mmscale.data.modalities.modality import Codec
 from mmscale.data.modalities.table import remarks
 from mmscale.data.prepared.content_facts import content_facts
 from mmscale.data.prepared.encode import text_remarks
+from mmscale.data.prepared.leaks import keep_companion
 from mmscale.data.prepared.manifest import TEXT, Manifest, read_manifest
 from mmscale.data.prepared.parts import total_tallies
 from mmscale.data.prepared.shared_content import comparable, shared_with
@@ -42,4 +43,6 @@ def _of_companion(folder: Path, manifest: Manifest, like: Path | None) -> list[s
         return []
     if other.tokenizers != manifest.tokenizers or not (comparable(manifest) and comparable(other)):
         return []
-    return shared_with(folder, manifest, like, other).notes(of=str(like), here=str(folder))
+    found = shared_with(folder, manifest, like, other)
+    keep_companion(folder, manifest, like, other, found)
+    return found.notes(of=str(like), here=str(folder))

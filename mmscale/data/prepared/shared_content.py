@@ -21,7 +21,10 @@ from mmscale.data.prepared.parts import dtype_for
 TOKENS = 50_000_000  # largest number of tokens read of each split: about 3 s
 _WEIGHTS = 1 << 16  # number of random factors for positions in a text; longer texts repeat them
 
-_GROUP = 'Documents with the same "group" (else the same "id") are kept in one split'
+_GROUP = (
+    'Give such documents the same "group" and prepare again: documents with the same "group" (else the same "id") are '
+    "kept in one split"
+)
 _DEDUP = "`mmscale data dedup DIR` leaves such documents out of training"
 _IDS = 'every document should have its own, and "group" keeps documents in one split'
 
@@ -40,21 +43,25 @@ class Shared:
     pictures: tuple[int, int]
     texts: tuple[int, int]
 
-    def notes(self, *, of: str = "", here: str = "") -> list[str]:
-        """Notes for the user; empty if nothing is shared.
+    def lines(self, *, of: str = "", here: str = "") -> list[str]:
+        """One line for each kind of content that is shared, with a remedy; empty if nothing is.
 
         Args:
-            of: the data set that holds out, if it is another one.
-            here: the data set that trains.
+            of: the data set that holds out.
+            here: the data set that trains, if it is another one.
         """
         owner, place = (f" of {of}" if of else ""), (f" of {here}" if here else "")
-        same = ", in two sets if both have one data.prepare.held_out" if of else ""
+        same = ", in two sets if both have one data.prepare.held_out" if here else ""
         return [
-            f"note: {common:,} of {total:,} {what} ({common / total:.1%}) of held-out documents{owner} are in training "
+            f"{common:,} of {total:,} {what} ({common / total:.1%}) of held-out documents{owner} are in training "
             f"documents{place} too: held-out numbers measure memory. {_GROUP}{same}"
             for what, (common, total) in (("items", self.pictures), ("pure texts", self.texts))
             if common
         ]
+
+    def notes(self, *, of: str = "", here: str = "") -> list[str]:
+        """`lines` as notes for the user."""
+        return [f"note: {line}" for line in self.lines(of=of, here=here)]
 
 
 def comparable(manifest: Manifest) -> bool:

@@ -57,6 +57,16 @@ def test_a_run_that_was_never_evaluated(tmp_path: Path) -> None:
     assert read.data.eval_results is None and "None were logged." in read.text
 
 
+def test_documents_on_both_sides_of_the_held_out_split_are_named(tmp_path: Path) -> None:
+    """Of the attempts up to the exported step."""
+    events = [{"time": 1.0, "attempt": 1, "event": "start", "step": 0, "leaks": ["9 of 13 items are in training too"]}]
+    events.append({"time": 2.0, "attempt": 2, "event": "resume", "step": 30, "leaks": ["another"]})
+    (tmp_path / "events.jsonl").write_text("\n".join(map(json.dumps, events)))
+    text = ModelCard(card(CONFIG, REPORT, run=tmp_path, step=20)).text
+    results = text[text.index("## Results") : text.index("## Data")]
+    assert "9 of 13 items are in training too." in results and "another" not in results
+
+
 def test_generation_has_no_length_of_its_own() -> None:
     """A length there would contradict max_new_tokens, and transformers would warn of both."""
     assert "max_length" not in generation_config(CONFIG)

@@ -21,8 +21,8 @@ from mmscale.data.prepared.manifest import NO_TOKENIZER
 from mmscale.data.vocab import IMAGE
 from mmscale.runs.events import read_events
 from mmscale.runs.held_out import ACCURACY, HeldOut, words_of
-from mmscale.runs.leaks import leaks_in
 from mmscale.runs.metrics import read_metrics
+from mmscale.runs.recorded_leaks import leaks_in
 from mmscale.train.stages.stage_report import report_of
 
 TAGS = ["mixed-modal", "early-fusion", "mmscale"]

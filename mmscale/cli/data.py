@@ -278,7 +278,7 @@ def _sources_of(run: Path) -> dict[str, Any]:
     """Passes over the data sets of a run, ready for JSON."""
     from mmscale.runs.events import read_events
     from mmscale.runs.last_step import last_step
-    from mmscale.runs.leaks import leaks_in
+    from mmscale.runs.recorded_leaks import leaks_in
     from mmscale.runs.run_progress import RunProgress
     from mmscale.runs.sources_read import sources_read
 

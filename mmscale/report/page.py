@@ -32,7 +32,7 @@ from mmscale.report.timeline import Goodput, Timeline, timeline_of
 from mmscale.runs.display_names import TIME_PARTS
 from mmscale.runs.events import BEGINS, read_events
 from mmscale.runs.is_run import check_runs
-from mmscale.runs.leaks import leaks_in
+from mmscale.runs.recorded_leaks import leaks_in
 from mmscale.wording import numbered
 
 _SCRIPTS = ("base.js", "chart.js", "layers.js", "timeline.js", "page.js")

@@ -15,7 +15,7 @@ from mmscale.data.prepared.leaks import leaks_of
 from mmscale.data.prepared.manifest import read_blend, read_manifest
 from mmscale.data.prepared.prepare import prepare
 from mmscale.report import page
-from mmscale.runs.leaks import leaks_in
+from mmscale.runs.recorded_leaks import leaks_in
 from mmscale.train.evaluated_on import EvaluatedOn
 from tests.unit.data.prepared.test_shared_content import documents
 from tests.unit.data.samples import config

@@ -48,9 +48,9 @@ def made(documents: Path, out: Path, **settings: Any) -> Path:
     return out
 
 
-def reading(documents: Path, *folders: Path, **settings: Any) -> Config:
+def reading(file: Path, *folders: Path, **settings: Any) -> Config:
     """A configuration that describes a preparation, and reads some data sets."""
-    given = config(**({"documents": [str(documents)]} | settings)).model_dump(mode="json")
+    given = config(**({"documents": [str(file)]} | settings)).model_dump(mode="json")
     given["data"]["blend"] = [{"path": str(folder)} for folder in folders]
     return Config.model_validate(given)
 

@@ -32,28 +32,32 @@ def leaks_of(trained: Mapping[Path, Manifest], evaluated: Mapping[Path, Manifest
         trained: manifests of the data sets that are trained on, by folder.
         evaluated: of those whose held-out documents are evaluated.
     """
-    held_out = {identity_of(folder, manifest, split=VALIDATION) for folder, manifest in evaluated.items()}
     lines = []
     for folder, manifest in trained.items():
         facts = kept_facts(folder, manifest) if folder in evaluated else None
         lines += facts.shared.lines(of=str(folder)) if facts is not None else []
-        lines += leaks_of_companion(folder, manifest, held_out=held_out)
+        lines += leaks_of_companion(folder, manifest, evaluated=evaluated)
     return lines
 
 
-def leaks_of_companion(folder: Path, manifest: Manifest, *, held_out: set[str] | None = None) -> list[str]:
+def leaks_of_companion(
+    folder: Path, manifest: Manifest, *, evaluated: Mapping[Path, Manifest] | None = None
+) -> list[str]:
     """Lines about held-out documents of the set that this one was prepared like (`data prepare --like`).
 
     Args:
         folder: the data set.
         manifest: of it.
-        held_out: identities of held-out splits that are read; None: the other set need not be read.
+        evaluated: data sets whose held-out documents are evaluated; None: the other set need not be one of them.
     """
     try:
         content = bounded.read_object(folder / _FILE)
         if content["of"] != identity_of(folder, manifest, split=TRAIN):
             return []
-        if held_out is not None and content["held_out"] not in held_out:
+        others = (evaluated or {}).items()
+        if evaluated is not None and content["held_out"] not in {
+            identity_of(other, found, split=VALIDATION) for other, found in others
+        }:
             return []
         shared = Shared(**{name: (int(pair[0]), int(pair[1])) for name, pair in content["shared"].items()})
         return shared.lines(of=str(content["path"]), here=str(folder))

@@ -13,7 +13,9 @@ Others call `initialize`, which is `start` plus `initialize_layout`.
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -35,6 +37,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noq
 
 # Ranks that hold the same experts, including all tensor-parallel parts. megatron-core has no such group.
 _expert_replicas: torch.distributed.ProcessGroup | None = None
+_at_end: list[Callable[[], None]] = []  # see `at_end_of_layout`
 DEFAULT_TIMEOUT_S = 1800.0  # timeout of a collective [s]
 
 
@@ -186,11 +189,24 @@ def gathered(value: Any, *, group: torch.distributed.ProcessGroup | None = None)
     return values
 
 
+def at_end_of_layout(release: Callable[[], None]) -> None:
+    """Call a function when the layout is destroyed. It releases what would keep groups, and their threads, alive."""
+    _at_end.append(release)
+
+
 def destroy_layout() -> None:
     """Undo `initialize_layout`, including the global state of megatron-core and Transformer-Engine.
 
-    Every rank must call it.
+    Every rank must call it. Models of the layout that the caller has dropped are freed, and with them the threads of
+    their groups, which would wake up a hundred times a second each.
     """
+    while _at_end:
+        _at_end.pop()()
+    _forget_layout()
+    gc.collect()
+
+
+def _forget_layout() -> None:
     global _expert_replicas
     _expert_replicas = None
     transformer_engine.forget_scales()
@@ -210,11 +226,15 @@ def destroy_layout() -> None:
 
 
 def finalize() -> None:
-    """Destroy everything. Safe to call twice, and on the error path: it runs no collective."""
+    """Destroy everything. Safe to call twice, and on the error path: it runs no collective and frees no group.
+
+    Freeing one waits for its last collective, which a rank that hangs would never join.
+    """
     if not torch.distributed.is_initialized():
         return
+    _at_end.clear()
     if parallel_state.model_parallel_is_initialized():
-        destroy_layout()
+        _forget_layout()
     torch.distributed.destroy_process_group()
 
 

@@ -9,7 +9,9 @@ schedule.py computes the learning rate, which is written into the parameter grou
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +30,7 @@ from mmscale.config.derived import orthogonalizes, overlap_data_parallel
 from mmscale.errors import ConfigError
 from mmscale.model.build import DTYPES
 from mmscale.runtime import device
+from mmscale.runtime import groups as process_groups
 from mmscale.runtime.megatron_versions import grads_for_norm
 from mmscale.tables import plugins
 from mmscale.tables.plugins import Use
@@ -75,6 +78,8 @@ def wrap(
         )
         for index, module in enumerate(modules)
     ]
+    for chunk in wrapped:
+        process_groups.at_end_of_layout(functools.partial(_release, weakref.ref(chunk)))
 
     def of_chunks(functions: list[Callable[..., Any]]) -> Any:
         return functions[0] if len(functions) == 1 else functions
@@ -88,6 +93,23 @@ def wrap(
         transformer.param_sync_func = of_chunks([chunk.start_param_sync for chunk in wrapped])
     transformer.finalize_model_grads_func = finalize
     return wrapped
+
+
+def _release(alive: weakref.ref[DistributedDataParallel]) -> None:
+    """Break the references of a chunk to itself that pass through autograd's graph, where Python's collector is blind.
+
+    The optimizer's shard of an fp32 weight is a view of the weight (distrib_optimizer.py). Its node in the graph leads
+    to DDP's hooks, which hold the chunk, and the weight has the shard as an attribute.
+    """
+    chunk = alive()
+    if chunk is None:
+        return
+    for node in chunk.grad_accs:
+        handle = node.register_hook(lambda *_: None)  # the way to the hooks of a node
+        handle.hooks_dict_ref().clear()
+    chunk.grad_accs.clear()
+    for parameter in chunk.parameters():
+        vars(parameter).pop("main_param", None)
 
 
 def aligned_shards(moments: str) -> bool:

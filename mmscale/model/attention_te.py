@@ -28,6 +28,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from mmscale.model.mixed_modal import MixedModalParams
+from mmscale.runtime import transformer_engine
 
 _PACKAGE = "transformer_engine.pytorch.attention.dot_product_attention"
 _DOCUMENTS_MASK, _PIECES = "padding_causal", "padding_causal_bottom_right"
@@ -45,21 +46,30 @@ def takes_documents(transformer: TransformerConfig) -> bool:
         return False  # the kernels take no fp32
     utils: Any = importlib.import_module(f"{_PACKAGE}.utils")
     tp = transformer.tensor_model_parallel_size
+    pieces = transformer.context_parallel_size > 1
+    queries = _LENGTH // transformer.context_parallel_size
+    newer = transformer_engine.known_fields(
+        utils.AttentionParams,
+        bottom_right_diagonal=pieces,  # since 2.12
+        num_tokens_q=queries,  # since 2.20, for ragged sequences
+        num_tokens_kv=_LENGTH,
+    )
     asked = utils.AttentionParams(
         qkv_dtype=torch.bfloat16,
         qkv_layout="thd_thd_thd",
         batch_size=_DOCUMENTS,
         num_heads=transformer.num_attention_heads // tp,
         num_gqa_groups=max(1, (transformer.num_query_groups or transformer.num_attention_heads) // tp),
-        max_seqlen_q=_LENGTH // transformer.context_parallel_size,
+        max_seqlen_q=queries,
         max_seqlen_kv=_LENGTH,
         head_dim_qk=transformer.kv_channels,
         head_dim_v=transformer.kv_channels,
-        attn_mask_type=_PIECES if transformer.context_parallel_size > 1 else _DOCUMENTS_MASK,
+        attn_mask_type=_PIECES if pieces else _DOCUMENTS_MASK,
         window_size=(-1, 0),
         core_attention_bias_shape=None,
         core_attention_bias_requires_grad=False,
         fp8_meta={},
+        **newer,
     )
     flash, _, fused, *_ = utils.get_attention_backend(asked)
     return bool(flash or fused)
@@ -156,7 +166,7 @@ class FusedDocumentAttention(TEDotProductAttention):
             max_seqlen_q=longest[0],
             max_seqlen_kv=longest[1],
         )
-        with _known_choice((len(ends[0]), *longest, self.training)):
+        with _known_choice((len(ends[0]), len(ragged[0]), len(ragged[1]), *longest, self.training)):
             return super().forward(*ragged, None, _Mask(mask), packed_seq_params=sequences)
 
 

@@ -6,12 +6,14 @@ symbol of cuBLAS. megatron-core catches ImportError only, so its own import woul
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import importlib.util
 import os
 import sys
 from importlib import metadata
+from typing import Any
 
 import torch  # noqa: F401  first: Transformer-Engine's libraries find CUDA's through those that torch has loaded
 
@@ -45,6 +47,12 @@ def mxfp8_problem() -> str | None:
 def usable() -> bool:
     """Whether its layers can run here."""
     return problem() is None
+
+
+def known_fields(kind: type[Any], **newer: Any) -> dict[str, Any]:
+    """Those of the values that a data class of Transformer-Engine has fields for: versions add fields."""
+    names = {field.name for field in dataclasses.fields(kind)}
+    return {name: value for name, value in newer.items() if name in names}
 
 
 def forget_scales() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.te_on_cpu import install
+from tests.te_on_cpu import package
 
 ROOT = Path(__file__).parents[2]
 CHECKS = ROOT / "tests" / "te_on_cpu"
@@ -29,11 +29,11 @@ LONG = (
 
 def run_checks(*names: str, plugin: str = "tests.te_on_cpu.plugin", timeout_s: float) -> None:
     """Run files of tests in a process that has Transformer-Engine's Python."""
-    if (why := install.missing()) is not None:
+    if (why := package.missing()) is not None:
         if os.environ.get("CI"):
             pytest.fail(why, pytrace=False)
         pytest.skip(why)
-    paths = os.pathsep.join((str(install.WHEEL), str(ROOT), os.environ.get("PYTHONPATH", "")))
+    paths = os.pathsep.join((str(package.WHEEL), str(ROOT), os.environ.get("PYTHONPATH", "")))
     command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", plugin, "-W", "ignore", "-m", "")
     done = subprocess.run(
         (*command, *(str(CHECKS / name) for name in names)),

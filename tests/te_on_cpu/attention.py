@@ -24,9 +24,8 @@ from tests.te_on_cpu.enumerations import (
 
 
 def get_fused_attn_backend(
-    is_training: bool, q_dtype: DType, kv_dtype: DType, layout: Any, bias: Any, mask: Any, softmax: Any,
-    dropout: float, heads: int, groups: int, max_q: int, max_kv: int, head_qk: int, head_v: int,
-    window_left: int, window_right: int, return_max_logit: bool, cuda_graph: bool,
+    *, q_dtype: DType, kv_dtype: DType, layout: Any, bias: Any, mask: Any, softmax: Any, max_q: int, max_kv: int,
+    head_qk: int, head_v: int, window_left: int, window_right: int, return_max_logit: bool, **_: Any,
 ) -> NVTE_Fused_Attn_Backend:  # fmt: skip
     """cuDNN 9.19 on Hopper, as far as bf16 without bias or window goes."""
     ragged = "THD" in layout.name
@@ -72,34 +71,41 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, layout: Any, mask: Any, scale: floa
     return torch.stack(out, dim=0 if layout.name.startswith("NVTE_BS") else 1)
 
 
+def _unpadded(padded: Tensor | None, plain: Tensor) -> None:
+    assert padded is None or torch.equal(padded, plain), "te_on_cpu: no padding between sequences"
+
+
+def _aligned(mask: Any, bottom_right_diagonal: bool | None) -> None:
+    """From 2.12 on the diagonal is an argument of its own; kernels obey it, not the mask's name."""
+    expected = "BOTTOM_RIGHT" in mask.name
+    assert bottom_right_diagonal in (None, expected), (mask.name, bottom_right_diagonal)
+
+
 def fused_attn_fwd(
-    max_seqlen_q: int, max_seqlen_kv: int, is_training: bool, attn_scale: float, p_dropout: float, set_zero: bool,
-    qkv_layout: Any, bias_type: Any, attn_mask_type: Any, softmax_type: Any, window_size: Any, cu_seqlens_q: Tensor,
-    cu_seqlens_kv: Tensor, Q: Any, K: Any, V: Any, fake_dtype: torch.dtype, cu_seqlens_q_padded: Tensor | None,
-    cu_seqlens_kv_padded: Tensor | None, page_table_k: Any, page_table_v: Any, s_quantizer: Any, o_quantizer: Any,
-    Bias: Tensor | None, SoftmaxOffset: Tensor | None, rng_gen: Any, rng_elts_per_thread: int, return_max_logit: bool,
-    cuda_graph: bool,
+    *, attn_scale: float, p_dropout: float, qkv_layout: Any, attn_mask_type: Any, cu_seqlens_q: Tensor,
+    cu_seqlens_kv: Tensor, q: Any, k: Any, v: Any, cu_seqlens_q_padded: Tensor | None,
+    cu_seqlens_kv_padded: Tensor | None, s_quantizer: Any, o_quantizer: Any, bias: Tensor | None,
+    bottom_right_diagonal: bool | None = None, **_: Any,
 ) -> list[Any]:  # fmt: skip
-    assert p_dropout == 0.0 and s_quantizer is None and o_quantizer is None and Bias is None
-    for padded, plain in ((cu_seqlens_q_padded, cu_seqlens_q), (cu_seqlens_kv_padded, cu_seqlens_kv)):
-        assert padded is None or torch.equal(padded, plain), "te_on_cpu: no padding between sequences"
+    assert p_dropout == 0.0 and s_quantizer is None and o_quantizer is None and bias is None
+    _unpadded(cu_seqlens_q_padded, cu_seqlens_q)
+    _unpadded(cu_seqlens_kv_padded, cu_seqlens_kv)
+    _aligned(attn_mask_type, bottom_right_diagonal)
     with torch.no_grad():
-        out = _attend(Q, K, V, qkv_layout, attn_mask_type, attn_scale, (cu_seqlens_q, cu_seqlens_kv))
+        out = _attend(q, k, v, qkv_layout, attn_mask_type, attn_scale, (cu_seqlens_q, cu_seqlens_kv))
     # Statistics and random state, which are never read.
     return [out.contiguous(), torch.zeros(1), torch.zeros(2, dtype=torch.int64)]
 
 
 def fused_attn_bwd(
-    max_seqlen_q: int, max_seqlen_kv: int, attn_scale: float, p_dropout: float, set_zero: bool, qkv_layout: Any,
-    bias_type: Any, attn_mask_type: Any, softmax_type: Any, window_size: Any, deterministic: bool,
-    cu_seqlens_q: Tensor, cu_seqlens_kv: Tensor, Q: Any, K: Any, V: Any, O: Any, dO: Any,  # noqa: E741
-    fake_dtype: torch.dtype, dqkv_type: DType, Aux_CTX_Tensors: Any, cu_seqlens_q_padded: Tensor | None,
-    cu_seqlens_kv_padded: Tensor | None, s_quantizer: Any, dp_quantizer: Any, dqkv_quantizer: Any, cuda_graph: bool,
+    *, attn_scale: float, qkv_layout: Any, attn_mask_type: Any, cu_seqlens_q: Tensor, cu_seqlens_kv: Tensor, q: Any,
+    k: Any, v: Any, d_o: Any, bottom_right_diagonal: bool | None = None, **_: Any,
 ) -> list[Any]:  # fmt: skip
+    _aligned(attn_mask_type, bottom_right_diagonal)
     with torch.enable_grad():
-        leaves = [t.detach().requires_grad_() for t in (Q, K, V)]
+        leaves = [t.detach().requires_grad_() for t in (q, k, v)]
         out = _attend(*leaves, qkv_layout, attn_mask_type, attn_scale, (cu_seqlens_q, cu_seqlens_kv))
-        found = torch.autograd.grad(out, leaves, dO.view(out.shape))
+        found = torch.autograd.grad(out, leaves, d_o.view(out.shape))
     return [*found, None, None]
 
 

@@ -8,10 +8,13 @@ from __future__ import annotations
 import functools
 import importlib.machinery
 import types
+import zlib
 from collections import Counter
 from typing import Any
 
-from tests.te_on_cpu import attention, elementwise, enumerations, products, quantization
+from packaging.version import Version
+
+from tests.te_on_cpu import attention, elementwise, enumerations, package, products, quantization, signatures
 
 CALLS: Counter[str] = Counter()
 
@@ -28,6 +31,7 @@ _ENUMERATIONS = (
     "NVTE_QKV_Format",
     "NVTE_QKV_Layout",
     "CommOverlapAlgo",
+    "NVTEScalingMode",
 )
 _FUNCTIONS: dict[types.ModuleType, tuple[str, ...]] = {
     quantization: (
@@ -88,6 +92,15 @@ _OTHERS = """
 """
 
 
+class _Members(type):
+    """Of a class with any members, which are different numbers: enumerations that are imported and not used."""
+
+    def __getattr__(cls, name: str) -> int:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return zlib.crc32(name.encode())
+
+
 class Compiled(types.ModuleType):
     """A module whose missing names are empty classes, and functions that refuse when they are called."""
 
@@ -95,7 +108,7 @@ class Compiled(types.ModuleType):
         if name.startswith("__"):
             raise AttributeError(name)
         if name[0].isupper():
-            return type(name, (), {})
+            return _Members(name, (), {})
 
         def refuse(*_: Any, **__: Any) -> None:
             raise NotImplementedError(f"te_on_cpu has no {self.__name__}.{name}")
@@ -118,9 +131,14 @@ def compiled() -> types.ModuleType:
     module.__spec__ = importlib.machinery.ModuleSpec("transformer_engine_torch", None)
     for name in _ENUMERATIONS:
         setattr(module, name, getattr(enumerations, name))
+    if package.version() >= Version("2.16"):
+        module.NVTE_Fused_Attn_Backend = enumerations.NVTE_Fused_Attn_Backend_2_16  # type: ignore[attr-defined]
     for home, names in _FUNCTIONS.items():
         for name in names:
-            setattr(module, name, _counted(getattr(home, name)))
+            function = getattr(home, name)
+            if name in signatures.BY_NAME:
+                function = signatures.named(function, package.version())
+            setattr(module, name, _counted(function))
     for name in _OTHERS.split():
         setattr(module, name, getattr(module, name))
     return module

@@ -49,6 +49,12 @@ class NVTE_Fused_Attn_Backend(enum.IntEnum):
     NVTE_No_Backend, NVTE_F16_max512_seqlen, NVTE_F16_arbitrary_seqlen, NVTE_FP8 = -1, 0, 1, 2
 
 
+NVTE_Fused_Attn_Backend_2_16 = enum.IntEnum(
+    "NVTE_Fused_Attn_Backend",
+    {kind.name: int(kind) for kind in NVTE_Fused_Attn_Backend if kind.name != "NVTE_F16_max512_seqlen"},
+)
+
+
 class Float8BlockScaleTensorFormat(enum.IntEnum):
     GEMM_READY, COMPACT = 0, 1
 
@@ -74,7 +80,8 @@ NVTE_Softmax_Type = _numbered(
 )
 NVTE_QKV_Format = _numbered(
     "NVTE_QKV_Format", *(f"NVTE_{n}" for n in (
-        "SBHD", "BSHD", "THD", "BSHD_2SBHD", "SBHD_2BSHD", "THD_2BSHD", "THD_2SBHD"))
+        "SBHD", "BSHD", "THD", "BSHD_2SBHD", "SBHD_2BSHD", "THD_2BSHD", "THD_2SBHD", "BHSD",
+        "QKV_Format_NOT_SET"))
 )  # fmt: skip
 NVTE_QKV_Layout = _numbered(
     "NVTE_QKV_Layout", *(f"NVTE_{n}" for n in (
@@ -83,7 +90,12 @@ NVTE_QKV_Layout = _numbered(
         "T3HD", "TH3D", "THD_T2HD", "THD_TH2D", "THD_THD_THD",
         "SBHD_BSHD_BSHD", "BSHD_SBHD_SBHD", "THD_BSHD_BSHD", "THD_SBHD_SBHD",
         "Paged_KV_BSHD_BSHD_BSHD", "Paged_KV_BSHD_SBHD_SBHD", "Paged_KV_SBHD_BSHD_BSHD",
-        "Paged_KV_SBHD_SBHD_SBHD", "Paged_KV_THD_BSHD_BSHD", "Paged_KV_THD_SBHD_SBHD"))
+        "Paged_KV_SBHD_SBHD_SBHD", "Paged_KV_THD_BSHD_BSHD", "Paged_KV_THD_SBHD_SBHD",
+        "BHSD_BHSD_BHSD", "QKV_Layout_NOT_SET"))
+)  # fmt: skip
+NVTEScalingMode = _numbered(
+    "NVTEScalingMode", "NVTE_DELAYED_TENSOR_SCALING", "NVTE_MXFP8_1D_SCALING", "NVTE_BLOCK_SCALING_1D",
+    "NVTE_BLOCK_SCALING_2D", "NVTE_NVFP4_1D_SCALING"
 )  # fmt: skip
 CommOverlapAlgo = _numbered(
     "CommOverlapAlgo", "BULK_OVERLAP_AG", "BULK_OVERLAP_RS", "SPLIT_PIPELINED_AG_P2P", "SPLIT_PIPELINED_RS",

@@ -8,7 +8,7 @@ is made row- and column-wise, weight caches, fused gradient accumulation, attent
 megatron-core's wrappers over all of it. What does not run are its kernels; FP8 is computed by formula. Functions that
 are missing refuse when they are called.
 
-The package's Python is a wheel of 0.7 MB on PyPI. `make` unpacks it into a folder that is on no path (`WHEEL`), and
+The package's Python is a wheel of 0.7 MB on PyPI. `make` unpacks it into a folder that is on no path (package.py), and
 only processes that call `install` may put it on theirs: elsewhere megatron-core would find a Transformer-Engine that
 cannot be imported, and could not be imported itself.
 
@@ -27,21 +27,11 @@ import os
 import sys
 import types
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 import torch
 
-from tests.te_on_cpu import pretended_gpu
+from tests.te_on_cpu import package, pretended_gpu
 from tests.te_on_cpu.compiled import Compiled, compiled
-
-WHEEL = Path(sys.prefix) / "transformer-engine"
-
-
-def missing() -> str | None:
-    """Why the tests over Transformer-Engine's Python cannot run here; None: they can."""
-    if (WHEEL / "transformer_engine").is_dir():
-        return None
-    return f"Transformer-Engine's Python is not in {WHEEL}: run `make transformer-engine`"
 
 
 @contextlib.contextmanager
@@ -76,23 +66,24 @@ def _import() -> types.ModuleType:
     spec = importlib.util.find_spec("transformer_engine")
     if spec is None or spec.loader is None:
         raise ModuleNotFoundError("Transformer-Engine's Python is not on sys.path", name="transformer_engine")
-    package = importlib.util.module_from_spec(spec)
-    sys.modules["transformer_engine"] = package
+    made = importlib.util.module_from_spec(spec)
+    sys.modules["transformer_engine"] = made
     sys.modules["transformer_engine_torch"] = compiled()
     # Unused parts of the package, whose imports may be missing: export, and kernels in Triton.
     if importlib.util.find_spec("onnxscript") is None:
         sys.modules["transformer_engine.pytorch.onnx_extensions"] = Compiled("onnx_extensions")
     if importlib.util.find_spec("triton") is None:
-        for name in ("triton", "triton.pad", "triton.permutation", "triton.cross_entropy"):
+        kernels = sorted((package.WHEEL / "transformer_engine" / "pytorch" / "triton").glob("[!_]*.py"))
+        for name in ("triton", *(f"triton.{kernel.stem}" for kernel in kernels)):
             sys.modules[f"transformer_engine.pytorch.{name}"] = Compiled(name)
         sys.modules["transformer_engine.pytorch.triton"].__path__ = []  # type: ignore[attr-defined]
     with _building(), _empty(("einops", "pydantic")):
         common = importlib.import_module("transformer_engine.common")
         common.load_framework_extension = lambda framework: None  # type: ignore[attr-defined]
-        spec.loader.exec_module(package)
+        spec.loader.exec_module(made)
         # Imported separately, because the package hides the reason if this import fails.
         importlib.import_module("transformer_engine.pytorch")
-    return package
+    return made
 
 
 def rebind() -> None:
@@ -117,7 +108,7 @@ def install(*, everywhere: bool = False) -> types.ModuleType:
     """
     if everywhere:
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # do not compile for a GPU that does not exist
-    package = _import()
+    made = _import()
     importlib.import_module("transformer_engine.pytorch.fp8")
     importlib.import_module("transformer_engine.pytorch.optimizers")
     state = importlib.import_module("transformer_engine.pytorch.distributed")
@@ -128,4 +119,4 @@ def install(*, everywhere: bool = False) -> types.ModuleType:
         pretended_gpu.patch_torch()
     else:
         rebind()
-    return package
+    return made

@@ -135,6 +135,7 @@ def _gpu() -> dict[str, Any]:
         "_lazy_call": lambda function, **_: function(),
         "mem_get_info": lambda *_: (70 * 2**30, 80 * 2**30),
         "ipc_collect": nothing,
+        "nvtx": types.SimpleNamespace(range_push=nothing, range_pop=nothing, range=lambda *_: contextlib.nullcontext()),
     }
 
 

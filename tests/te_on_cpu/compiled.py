@@ -36,6 +36,7 @@ _ENUMERATIONS = (
 _FUNCTIONS: dict[types.ModuleType, tuple[str, ...]] = {
     quantization: (
         "quantize",
+        "create_empty_quantized_tensor",
         "split_quantize",
         "bgrad_quantize",
         "dequantize",

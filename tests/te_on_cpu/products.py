@@ -35,16 +35,8 @@ def _operand(tensor: Any, rowwise: bool) -> tuple[Tensor, bool]:
     assert isinstance(tensor, Storage), type(tensor)
     row, column = tensor._rowwise_data, tensor._columnwise_data
     assert (row if rowwise else column) is not None, "product needs blockwise FP8 data that is not there"
-    only = Storage(
-        row if rowwise else None,
-        tensor._rowwise_scale_inv if rowwise else None,
-        None if rowwise else column,
-        None if rowwise else tensor._columnwise_scale_inv,
-        tensor._fp8_dtype,
-        None,
-        tensor._is_2D_scaled,
-        tensor._data_format,
-    )
+    hidden = ("columnwise_data", "columnwise_scale_inv") if rowwise else ("rowwise_data", "rowwise_scale_inv")
+    only = Storage(**{**tensor.get_metadata(), **dict.fromkeys(hidden)})
     values = only.dequantize(dtype=torch.float32)
     return values.reshape(-1, values.shape[-1]), True
 

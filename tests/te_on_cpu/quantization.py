@@ -70,7 +70,7 @@ def _put_scales(target: Tensor, scales: Tensor) -> None:
 
 def _fill_blockwise(values: Tensor, quantizer: Any, out: Any) -> None:
     rows = values.reshape(-1, values.shape[-1])
-    two, compact = quantizer.block_scaling_dim == 2, bool(quantizer.all_gather_usage)
+    two, compact = quantizer.block_scaling_dim == 2, bool(getattr(quantizer, "all_gather_usage", False))
     if two and not compact:
         data, inverse = _blocks(rows, quantizer, two=True)
         if out._rowwise_data is not None:
@@ -118,6 +118,28 @@ def _empty_of(quantizer: Any, shape: Any, dtype: torch.dtype) -> Any:
     return kind(**made.get_metadata())
 
 
+def _current_scale(values: Tensor, quantizer: Any) -> Tensor:
+    """Of the values themselves. Quantisers keep amax and scale up to 2.15."""
+    kept = getattr(quantizer, "amax", None)
+    if getattr(quantizer, "use_existing_amax", False):
+        amax = kept
+    else:
+        amax = values.float().abs().max().view(1) if values.numel() else torch.zeros(1)
+    if quantizer.with_amax_reduction:
+        group = quantizer._canonicalized_amax_reduction_group()
+        torch.distributed.all_reduce(amax, op=torch.distributed.ReduceOp.MAX, group=group)
+    scale = scale_of(
+        amax,
+        LARGEST[quantizer.dtype],
+        epsilon=quantizer.amax_epsilon,
+        power_of_two=quantizer.force_pow_2_scales,
+    )
+    if kept is not None:
+        kept.copy_(amax)
+        quantizer.scale.copy_(scale)
+    return scale
+
+
 def quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Tensor | None = None) -> Any:
     if quantizer is None:
         return tensor
@@ -134,20 +156,7 @@ def quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Tensor | 
                 torch.maximum(quantizer.amax, values.float().abs().max().view(1), out=quantizer.amax)
             _fill_float8(values, quantizer, out, quantizer.scale.view(1))
         elif isinstance(quantizer, Float8CurrentScalingQuantizer):
-            if not quantizer.use_existing_amax:
-                quantizer.amax.fill_(values.float().abs().max().item() if values.numel() else 0.0)
-            if quantizer.with_amax_reduction:
-                group = quantizer._canonicalized_amax_reduction_group()
-                torch.distributed.all_reduce(quantizer.amax, op=torch.distributed.ReduceOp.MAX, group=group)
-            quantizer.scale.copy_(
-                scale_of(
-                    quantizer.amax,
-                    LARGEST[quantizer.dtype],
-                    epsilon=quantizer.amax_epsilon,
-                    power_of_two=quantizer.force_pow_2_scales,
-                )
-            )
-            _fill_float8(values, quantizer, out, quantizer.scale.clone())
+            _fill_float8(values, quantizer, out, _current_scale(values, quantizer))
         elif isinstance(quantizer, Float8BlockQuantizer):
             _fill_blockwise(values, quantizer, out)
         else:
@@ -155,7 +164,40 @@ def quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Tensor | 
     return out
 
 
-def split_quantize(tensor: Tensor, split_sections: Any, quantizer_list: Any) -> list[Any]:
+def create_empty_quantized_tensor(
+    quantizer: Any, shape: list[int], dtype: torch.dtype, device: torch.device, pin_memory: bool
+) -> Any:
+    """An unfilled quantised tensor: what `make_empty` of 2.16 and later calls."""
+    del device, pin_memory
+    from transformer_engine.pytorch.tensor import float8_blockwise_tensor as blockwise
+    from transformer_engine.pytorch.tensor import float8_tensor as plain
+
+    def empty(sizes: Any, kind: torch.dtype = torch.uint8) -> Tensor:
+        return torch.empty(tuple(sizes), dtype=kind)
+
+    rows, columns = quantizer.rowwise_usage, quantizer.columnwise_usage
+    common = {"shape": shape, "dtype": dtype, "fp8_dtype": quantizer.dtype, "quantizer": quantizer}
+    if isinstance(quantizer, blockwise.Float8BlockQuantizer):
+        scales = [quantizer.get_scale_shape(shape, columnwise=turned) for turned in (False, True)]
+        return blockwise.Float8BlockwiseQTensor(
+            rowwise_data=empty(shape) if rows else None,
+            rowwise_scale_inv=empty(scales[0], torch.float32) if rows else None,
+            columnwise_data=empty(quantizer.get_columnwise_shape(shape)) if columns else None,
+            columnwise_scale_inv=empty(scales[1], torch.float32) if columns else None,
+            is_2D_scaled=quantizer.block_scaling_dim == 2,
+            **common,
+        )
+    return plain.Float8Tensor(
+        data=empty(shape) if rows else None,
+        data_transpose=empty((shape[-1], *shape[:-1])) if columns else None,
+        fp8_scale_inv=empty((1,), torch.float32),
+        **common,
+    )
+
+
+def split_quantize(
+    tensor: Tensor, split_sections: Any, quantizer_list: Any, disable_bulk_allocation: bool = False
+) -> list[Any]:
     assert tensor.dim() >= 1 and len(split_sections) == len(quantizer_list)
     parts = zip(tensor.split(list(split_sections)), quantizer_list, strict=True)
     return [quantize(part, quantizer) for part, quantizer in parts]

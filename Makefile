@@ -21,7 +21,7 @@ export GOMP_SPINCOUNT := 0
 # Further arguments for pytest in make test and make test-long, for instance -x.
 PYTEST_ARGS ?=
 
-.PHONY: docs help tag wheelhouse quickstart test test-long test-all lint pytest matrices durations transformer-engine apptainer test-slurm-24 test-versions security soak chaos preempted killed clean
+.PHONY: docs help tag wheelhouse quickstart test test-long test-all lint pytest matrices durations transformer-engine apptainer test-slurm-24 test-versions test-engines security soak chaos preempted killed clean
 
 help:
 	@echo "make quickstart   install, prepare real data, train, evaluate, export and draw on this machine"
@@ -38,6 +38,7 @@ help:
 	@echo "make preempted    preempt a run 20 times at random on a local SLURM; its numbers must equal an undisturbed run's"
 	@echo "make test-slurm-24   tests/slurm on SLURM 24.11, in a Debian 13 beside this system (root, Debian)"
 	@echo "make test-versions   environments with other versions of Python, megatron-core and transformers, and their tests"
+	@echo "make test-engines    tests over the Python of other versions of Transformer-Engine, without a GPU"
 	@echo "make killed       kill the quickstart in three places; its numbers must equal an undisturbed run's"
 	@echo "make clean        remove $(VENV) and caches; runs stay"
 
@@ -96,6 +97,11 @@ VERSIONS_IN ?= .versions
 VERSIONS ?=
 test-versions: $(STAMP)
 	$(BIN)/python -m tests.versions $(VERSIONS_IN) --pip-args "$(PIP_ARGS)" $(VERSIONS)
+
+# Before a release: Transformer-Engine's Python of other versions, in tests/te_on_cpu. ENGINES='--only 2.20.2 --tests layers'.
+ENGINES ?=
+test-engines: $(STAMP)
+	$(BIN)/python -m tests.engine_versions $(VERSIONS_IN) --pip-args "$(PIP_ARGS)" $(ENGINES)
 
 # A second start finds the data, the model and the export and skips those steps; it repeats only evaluations and pictures.
 # STRICT=--strict: fail if the model misses a target.

@@ -26,13 +26,14 @@ from typing import Any, Literal
 
 from packaging.version import InvalidVersion, Version
 
+from mmscale.runtime import engine_range
+
 Status = Literal["ok", "warn", "missing"]
 ApexStatus = Literal["absent", "wrong", "python-only", "ok"]
 
 MEGATRON = "0.16.1"  # tested by the suite; the CPU adaptor and the model layers depend on its internals
 MEGATRON_TRIED = (MEGATRON, "0.17.1", "0.18.2", "0.19.2")  # docs/versions.md
 _TORCH = "2.6"
-_TRANSFORMER_ENGINE = ("2.9", "2.12")  # required by megatron-core 0.16.1: from, below
 _GIB = 2**30
 _LEAST_FREE_GIB = 5
 _LEAST_SHM_GIB = 1
@@ -202,14 +203,14 @@ def _communication(torch: ModuleType | None) -> Iterator[Check]:
 def _transformer_engine(torch: ModuleType | None) -> Iterator[Check]:
     name = "transformer-engine"
     version = _version("transformer-engine") or _version("transformer-engine-torch")
-    wanted = f"pip install 'transformer-engine[pytorch]>={_TRANSFORMER_ENGINE[0]},<{_TRANSFORMER_ENGINE[1]}'"
+    wanted = f"pip install 'transformer-engine[pytorch]{engine_range.WANTED}'"
     gpu = torch is not None and torch.cuda.is_available()
     if version is None:
         detail = "not installed: torch's own layers are used" + ("" if gpu else ", as always without a GPU")
         yield Check(name, "missing" if gpu else "ok", detail, wanted if gpu else "")
         return
-    if _older(version, _TRANSFORMER_ENGINE[0]) or not _older(version, _TRANSFORMER_ENGINE[1]):
-        yield Check(name, "warn", f"{version} is outside of what megatron-core {MEGATRON} takes", wanted)
+    if _older(version, engine_range.FIRST) or not _older(version, engine_range.BELOW):
+        yield Check(name, "warn", f"{version} was not tried with mmscale", wanted)
         return
     if not gpu:  # megatron_cpu.py hides it from megatron-core there
         yield Check(name, "ok", f"{version}, unused without a GPU")

@@ -16,11 +16,12 @@ from importlib import metadata
 from typing import Any
 
 import torch  # noqa: F401  first: Transformer-Engine's libraries find CUDA's through those that torch has loaded
+from packaging.version import Version
 
 from mmscale.errors import ConfigError
 from mmscale.runtime import device
+from mmscale.runtime.engine_range import FIRST, WANTED
 
-WANTED = ">=2.9,<2.12"  # required by megatron-core 0.16.1
 INSTALL = f"pip install --no-build-isolation 'transformer-engine[core_cu13,pytorch]{WANTED}' (docs/install.md)"
 
 
@@ -31,6 +32,9 @@ def problem() -> str | None:
         return "there is no CUDA device"
     if importlib.util.find_spec("transformer_engine") is None:
         return "it is not installed"
+    found = version()
+    if found is not None and Version(found) < Version(FIRST):
+        return f"it is {found}, and mmscale needs {FIRST} or newer"
     try:
         importlib.import_module("transformer_engine.pytorch")
     except Exception as error:  # see above

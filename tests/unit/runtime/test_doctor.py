@@ -147,7 +147,9 @@ def test_driver_that_torch_does_not_use(monkeypatch: pytest.MonkeyPatch, cuda: s
         (None, False, "ok"),
         (None, True, "missing"),
         ("2.11.0", False, "ok"),
-        ("2.13.0", True, "warn"),
+        ("2.20.2", False, "ok"),
+        ("2.21.0", False, "warn"),
+        ("2.8.0", True, "warn"),
         ("1.13", True, "warn"),
     ],
 )

@@ -30,6 +30,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "checkpoints": ("checkpoints",),
     "steps": ("steps", "benchmark"),
     "layouts": ("layouts",),
+    "untied": ("untied",),
 }
 _MEGATRON = "from importlib.metadata import version; print(version('megatron-core'))"
 

@@ -49,12 +49,28 @@ class TokenCounts:
         keep: tokens of each sequence that a Mixture-of-Depths layer keeps. Which ones it keeps is known on the device
             only. None: all tokens.
         quotas: tokens of each modality that the layer takes first; None: there are no quotas.
+        local: [M] int64, of this context-parallel rank's tokens; None: of `own`.
     """
 
     own: NDArray[np.int64]
     everyone: NDArray[np.int64]
     keep: int | None = None
     quotas: tuple[int, ...] | None = None
+    local: NDArray[np.int64] | None = None
+
+    def rows(self, total: int) -> list[int] | None:
+        """Tokens of each modality among those that this rank computes, with padding in the last modality.
+
+        Args:
+            total: number of these tokens, with padding.
+
+        Returns:
+            [M], which sum up to `total`; None inside a Mixture-of-Depths layer.
+        """
+        if self.keep is not None:
+            return None
+        first = (self.own.sum(axis=0) if self.local is None else self.local)[:-1].tolist()
+        return [*first, total - sum(first)]
 
     def kept(self, keep: int, quotas: tuple[int, ...] | None) -> TokenCounts:
         """The counts for the layers inside a Mixture-of-Depths layer that keeps only some of the tokens."""

@@ -18,6 +18,7 @@ class Parts:
             modules.
         norm: RMSNorm.
         attention: core attention, causal within documents.
+        untied_column, untied_row: as `column` and `row`, with weights for each modality.
     """
 
     column: type
@@ -25,6 +26,8 @@ class Parts:
     norm_column: type | None
     norm: type
     attention: type
+    untied_column: type
+    untied_row: type
 
     @property
     def keys(self) -> dict[str, str]:

@@ -37,7 +37,13 @@ from mmscale.model.untied import UntiedColumnLinear, UntiedMLP, UntiedRMSNorm, U
 from mmscale.runtime import transformer_engine
 
 TORCH = Parts(
-    column=ColumnParallelLinear, row=RowParallelLinear, norm_column=None, norm=RMSNorm, attention=DocumentAttention
+    column=ColumnParallelLinear,
+    row=RowParallelLinear,
+    norm_column=None,
+    norm=RMSNorm,
+    attention=DocumentAttention,
+    untied_column=UntiedColumnLinear,
+    untied_row=UntiedRowLinear,
 )
 EMULATED_FP8 = replace(TORCH, column=Fp8ColumnParallelLinear, row=Fp8RowParallelLinear)
 
@@ -71,12 +77,17 @@ def untied_parts(config: Config, classes: Parts, part: str) -> Parts:
 
     Args:
         config: the run's configuration.
-        classes: those of the torch backend; another one has no norm that stands apart from its linear.
+        classes: those of the backend.
         part: one of UNTIED.
     """
     if part not in config.model.untie:
         return classes
-    return replace(classes, column=UntiedColumnLinear, row=UntiedRowLinear, norm=UntiedRMSNorm)
+    return replace(classes, column=classes.untied_column, row=classes.untied_row, norm_column=None, norm=UntiedRMSNorm)
+
+
+def _norm_column(config: Config, own: Parts) -> type | None:
+    """The module that is a norm and the linear after it, if the backend has one and nothing of it is untied."""
+    return own.norm_column if config.model.norm_placement.before and "norms" not in config.model.untie else None
 
 
 def nominal_share(config: Config) -> dict[str, float]:
@@ -144,30 +155,29 @@ class FeedForward:
 
     Attributes:
         spec: the module.
-        takes_norm: only its first linear reads the output of the norm before it, so both can be one module.
+        has_norm: the norm before it is part of its first linear, which alone reads the norm's output.
     """
 
     spec: ModuleSpec
-    takes_norm: bool
+    has_norm: bool
 
 
 def _dense(config: Config, groups: ProcessGroupCollection, classes: Parts) -> FeedForward:
     """One SwiGLU for all tokens, or one for each modality."""
     own = untied_parts(config, classes, "ffn")
-    first = (own.norm_column if config.model.norm_placement.before else None) or own.column
-    submodules = MLPSubmodules(linear_fc1=first, linear_fc2=own.row)
+    fused = _norm_column(config, own)
+    submodules = MLPSubmodules(linear_fc1=fused or own.column, linear_fc2=own.row)
     if own is classes:
-        return FeedForward(ModuleSpec(module=MLP, submodules=submodules), takes_norm=True)
+        return FeedForward(ModuleSpec(module=MLP, submodules=submodules), has_norm=fused is not None)
     # megatron-core passes the group to its own class only.
-    return FeedForward(
-        ModuleSpec(module=UntiedMLP, submodules=submodules, params={"tp_group": groups.tp}), takes_norm=True
-    )
+    spec = ModuleSpec(module=UntiedMLP, submodules=submodules, params={"tp_group": groups.tp})
+    return FeedForward(spec, has_norm=False)
 
 
 def _experts(config: Config, groups: ProcessGroupCollection, _: Parts) -> FeedForward:
     """Groups of experts."""
     spec = ModuleSpec(module=MoMaMLP, params={"settings": moma_settings(config), "groups": groups})
-    return FeedForward(spec, takes_norm=False)
+    return FeedForward(spec, has_norm=False)
 
 
 # The module of each kind of layer (`model.kind`); its tensors are in mmscale.layers.feed_forward.
@@ -201,7 +211,7 @@ def layer_spec(
     pre = config.model.norm_placement.before
     norm = norm_class if pre else IdentityOp
     # A norm whose output only one linear reads is fused into that linear, if the backend has such a module.
-    fused = classes.norm_column if pre else None
+    fused = _norm_column(config, attention)
     feed_forward = FEED_FORWARDS[config.model.kind](config, groups, classes)
     qk_norm = norm_class if config.model.qk_norm else IdentityOp
     # Normalised experts contain their own norms, so the residual connection after them has none.
@@ -227,7 +237,7 @@ def layer_spec(
             ),
         ),
         self_attn_bda=attention_residual,
-        pre_mlp_layernorm=IdentityOp if fused and feed_forward.takes_norm else norm,
+        pre_mlp_layernorm=IdentityOp if feed_forward.has_norm else norm,
         mlp=feed_forward.spec,
         mlp_bda=mlp_residual,
         sharded_state_dict_keys_map=classes.keys,

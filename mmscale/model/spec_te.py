@@ -11,6 +11,7 @@ from mmscale.model.attention import DocumentAttention
 from mmscale.model.attention_te import FusedDocumentAttention, takes_documents
 from mmscale.model.linear_te import ColumnLinear, Norm, NormColumnLinear, RowLinear
 from mmscale.model.slot_parts import Parts
+from mmscale.model.untied_te import GroupedColumnLinear, GroupedRowLinear
 
 
 def parts(transformer: TransformerConfig) -> Parts:
@@ -21,4 +22,6 @@ def parts(transformer: TransformerConfig) -> Parts:
         norm_column=NormColumnLinear,
         norm=Norm,
         attention=FusedDocumentAttention if takes_documents(transformer) else DocumentAttention,
+        untied_column=GroupedColumnLinear,
+        untied_row=GroupedRowLinear,
     )

@@ -50,7 +50,7 @@ class Rows:
         order: [T] int64, the rows of the first modality, then those of the second, and so on.
         back: [T] int64, the inverse of `order`.
         ends: [M] int32, where the rows of each modality end in `order`.
-        counts: rows of each modality, on the host; None: only the device knows them.
+        counts: rows of each modality, on the host; None: only the device knows them, as in Mixture-of-Depths layers.
     """
 
     order: Tensor
@@ -72,11 +72,14 @@ def rows_of(params: MixedModalParams, modalities: int) -> Rows:
         order = own.sort(stable=True).indices
         numbers = torch.arange(modalities, device=ids.device)
         each = (own.unsqueeze(1) == numbers).sum(dim=0)
+        known = None if params.counts is None else params.counts.rows(len(own))
+        if known is None and not ids.is_cuda:
+            known = each.tolist()
         return Rows(
             order=order,
             back=torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=ids.device)),
             ends=each.cumsum(0).int(),
-            counts=None if ids.is_cuda else each.tolist(),
+            counts=known,
         )
 
     return params.cached("rows by modality", make)
@@ -102,7 +105,7 @@ def product(
     if multiply is not None:
         groups = zip(multiply, grouped.split(rows.on_host()), weights, strict=True)
         out = torch.cat([one(part, weight) for one, part, weight in groups])
-    elif rows.counts is None:
+    elif rows.counts is None or grouped.is_cuda:
         out = _grouped_mm(grouped, torch.stack(tuple(weights)), rows.ends)
     else:
         parts = zip(grouped.split(rows.counts), weights, strict=True)
@@ -187,8 +190,12 @@ class UntiedLinear(Untied):
 
     def _product(self, tokens: Tensor) -> Tensor:
         rows = rows_of(self._seen, len(self._names))
+        return self._multiply(tokens.flatten(0, 1), rows).unflatten(0, tokens.shape[:2])
+
+    def _multiply(self, tokens: Tensor, rows: Rows) -> Tensor:
+        """[T, in] -> [T, out]."""
         multiply = None if self._products is None else [self._products[name] for name in self._names]
-        return product(tokens.flatten(0, 1), self.weights, rows, multiply=multiply).unflatten(0, tokens.shape[:2])
+        return product(tokens, self.weights, rows, multiply=multiply)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Any = (), metadata: dict[str, Any] | None = None

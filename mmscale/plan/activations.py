@@ -46,6 +46,8 @@ class Kernels(StrEnum):
 
 def on_gpu(config: Config) -> Kernels:
     """Kernels of a configuration on a GPU. With `model.backend: auto` Transformer-Engine is assumed to be installed."""
+    if config.model.backend == "auto" and (config.model.untie or config.precision.emulated):
+        return Kernels.CUDA  # as in model/spec.py
     return Kernels.CUDA if config.model.backend == "torch" else Kernels.TE
 
 

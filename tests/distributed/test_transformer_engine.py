@@ -24,6 +24,7 @@ LONG = (
     "checks_checkpoints.py",
     "checks_steps.py",
     "checks_layouts.py",
+    "checks_untied.py",
 )
 
 

@@ -106,15 +106,10 @@ def _untied(config: Config) -> Iterator[Problem]:
             "model.untie names attention, whose untied projections have no biases, but model.qkv_bias is set",
             "remove one of them",
         )
-    if model.backend == "te":
-        yield Problem(
-            "model.untie with model.backend = te: untied weights are implemented for the torch backend only",
-            "use model.backend=auto or torch",
-        )
     if config.precision.fp8 != "off" and not config.precision.emulated:
         yield Problem(
-            f"model.untie with precision.fp8 = {config.precision.fp8}: FP8 kernels are Transformer-Engine's, and "
-            "untied weights are implemented for the torch backend only",
+            f"model.untie with precision.fp8 = {config.precision.fp8}: untied weights are multiplied in "
+            "bf16 or fp32 only, by both backends",
             "use precision.fp8=off, or precision.fp8_emulate=true to study what FP8 does to the loss",
         )
     if config.parallel.overlap_tensor:

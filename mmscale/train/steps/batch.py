@@ -118,7 +118,10 @@ def counts_of(micro_batch: MicroBatch, *, modalities: int) -> TokenCounts:
             remedy="give every token the index of one of vocab.modalities",
         )
     own = (ids[:, :, None] == np.arange(modalities)).sum(axis=1)
-    if micro_batch.everyone is None:
-        return TokenCounts(own, own[None])
-    assert (micro_batch.everyone == own).all(axis=(1, 2)).any(), "this rank's micro-batch is among those of its group"
-    return TokenCounts(own, micro_batch.everyone)
+    everyone, rows = own[None] if micro_batch.everyone is None else micro_batch.everyone, micro_batch.context
+    assert (everyone == own).all(axis=(1, 2)).any(), "this rank's micro-batch is among those of its group"
+    local = None
+    if rows is not None:
+        computed = np.take_along_axis(ids, rows.own, axis=1)
+        local = (computed[:, :, None] == np.arange(modalities)).sum(axis=(0, 1))
+    return TokenCounts(own, everyone, local=local)

@@ -154,8 +154,7 @@ def replace_share(config: Any, share: dict[str, float]) -> Any:
         ("moma", {"untie": ["ffn"]}, {}, "are experts"),
         ("dense", {"untie": ["norms", "norms"]}, {}, "twice"),
         ("dense", {"untie": ["attention"], "qkv_bias": True}, {}, "no biases"),
-        ("dense", {"untie": ["ffn"], "backend": "te"}, {}, "torch backend only"),
-        ("dense", {"untie": ["ffn"]}, {"precision": {"dtype": "bf16", "fp8": "delayed"}}, "FP8 kernels are"),
+        ("dense", {"untie": ["ffn"]}, {"precision": {"dtype": "bf16", "fp8": "delayed"}}, "bf16 or fp32 only"),
         ("dense", {"untie": ["ffn"]}, {"parallel": {"tp": 2, "overlap_tensor": True}}, "Transformer-Engine's linears"),
     ],
 )

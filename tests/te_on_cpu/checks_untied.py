@@ -26,7 +26,6 @@ LAYOUTS: dict[str, tuple[dict[str, Any], ...]] = {
     "mot": ({}, {"tp": 2}, {"pp": 2}, {"cp": 2}, {"tp": 2, "recompute": "full"}),
     "mot_post_depth": ({"tp": 2}, {"cp": 2}),
     "moma_untied": ({"ep": 2}, {"tp": 2}),
-    "mot_frozen": ({"tp": 2},),
 }
 
 
@@ -48,7 +47,7 @@ def test_every_layout_is_one_process_of_the_torch_backend(model: str, references
                 saved, own = references.checkpoint(plain, absent=absent), tmp_path / f"{number}_{absent}"
                 CALLS.clear()
                 found = trace(using(made, "te"), ranks, saved=own, reference=saved, absent=absent)
-                assert (CALLS[GROUPED] > 0) is (model != "mot_frozen"), (parallel, CALLS)
+                assert CALLS[GROUPED] > 0, (parallel, CALLS)
                 tensors = process_groups.from_first(compare_tensors(saved, own) if ranks.rank == 0 else None)
                 assert_passes(verdict(made, reference=reference, trace=found, tensors=tensors), f"{parallel} {absent}")
 
@@ -125,8 +124,8 @@ def test_a_run_may_change_its_backend_and_its_layout(tmp_path: Path) -> None:
     run_ranks(ranks_of_two, world_size=2, timeout_s=600)
 
 
-def test_a_modality_without_tokens_gets_zeros() -> None:
-    """Not None, so that all ranks reduce the same gradients."""
+def test_gradients_where_a_modality_has_no_tokens_or_is_frozen() -> None:
+    """Zeros, not None, so that all ranks reduce the same gradients. A frozen weight does not freeze the others."""
     from mmscale.model.untied import Rows
     from mmscale.model.untied_te import GroupedColumnLinear
 
@@ -137,10 +136,17 @@ def test_a_modality_without_tokens_gets_zeros() -> None:
         linear = build_chunks(made, groups)[0].decoder.layers[0].mlp.linear_fc1
         assert type(linear) is GroupedColumnLinear
         order = torch.arange(6)
-        rows = Rows(order, order, torch.tensor([6, 6], dtype=torch.int32), [6, 0])
         tokens = torch.randn(6, linear.text.shape[1], requires_grad=True)
-        linear._multiply(tokens, rows).sum().backward()
+        CALLS.clear()
+        linear._multiply(tokens, Rows(order, order, torch.tensor([6, 6], dtype=torch.int32), [6, 0])).sum().backward()
+        assert CALLS[GROUPED] == 3  # forward, gradients of tokens and of weights
         assert torch.equal(linear.image.grad, torch.zeros_like(linear.image))
         assert torch.allclose(linear.text.grad, tokens.detach().sum(0).expand_as(linear.text))
+
+        linear.text.requires_grad_(False)
+        linear.text.grad = linear.image.grad = None
+        linear._multiply(tokens, Rows(order, order, torch.tensor([2, 6], dtype=torch.int32), [2, 4])).sum().backward()
+        assert linear.text.grad is None
+        assert torch.allclose(linear.image.grad, tokens.detach()[2:].sum(0).expand_as(linear.image))
 
     run_ranks(one, world_size=1)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -24,9 +23,8 @@ from mmscale.config.derived import global_micro_batches
 from mmscale.data.prepared.manifest import check_tokenizers, read_blend
 from mmscale.data.prepared.validation import read_validation
 from mmscale.data.stream.answer_requests import AnswerRequest, Answers
-from mmscale.data.stream.conditions import conditional_labels
-from mmscale.data.stream.micro_batch import MicroBatch
 from mmscale.data.stream.mixture import Mixture
+from mmscale.data.stream.unpacked import unpacked
 from mmscale.data.vocab import PAD, Vocabulary
 from mmscale.errors import CheckpointError
 from mmscale.inference.batch_count import Place, counted, silent
@@ -121,18 +119,17 @@ class _ExportScorer:
         for index in range(number):
             next_batch()
             batch = data.micro_batch(index)
-            documents = list(_documents(batch, conditional_labels(batch, self.vocabulary)))
-            for rows, logits in self._logits([tokens for tokens, *_ in documents]):
+            documents = list(unpacked(batch, self.vocabulary))
+            for rows, logits in self._logits([one.tokens for one in documents]):
                 for row, logits_SV in zip(rows, logits, strict=True):
-                    _, labels, mask, given = documents[row]
+                    labels, trained = documents[row].labels, torch.from_numpy(documents[row].trained)
                     of_label = torch.from_numpy(self.vocabulary.modality_of(labels)).long()
                     log_z = logits_SV[: len(labels)].logsumexp(dim=-1)
                     ce = log_z - logits_SV[: len(labels)].gather(1, torch.from_numpy(labels)[:, None])[:, 0]
-                    trained = torch.from_numpy(mask) > 0
                     for modality in range(modalities):
                         counts = trained & (of_label == modality)
                         total[modality] += _sum(ce[counts])
-                        for number, one in enumerate(torch.from_numpy(given) > 0):
+                        for number, one in enumerate(torch.from_numpy(documents[row].given)):
                             total[modalities + 1 + number * modalities + modality] += _sum(ce[counts & one])
                     total[modalities] += _sum(log_z[trained].double().square())
         return mean_losses(total, self.vocabulary.names)
@@ -205,15 +202,3 @@ class _ExportScorer:
 def _sum(values: Tensor) -> Tensor:
     """Sum and number, float64 [2]."""
     return torch.tensor([values.double().sum(), len(values)], dtype=torch.float64)
-
-
-def _documents(
-    batch: MicroBatch, given: NDArray[np.float32]
-) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]]:
-    """Tokens, labels, loss mask and conditions [K - 1, tokens] of every document of packed sequences."""
-    for row in range(len(batch.tokens)):
-        used = int((batch.modality_ids[row] >= 0).sum())  # padding comes last
-        starts = [*np.flatnonzero(batch.position_ids[row, :used] == 0), used]
-        for start, end in pairwise(starts):
-            own = (row, slice(start, end))
-            yield batch.tokens[own], batch.labels[own], batch.loss_mask[own], given[:, row, start:end]

@@ -1,7 +1,8 @@
 """Commands that convert models.
 
-`mmscale convert to-hf|from-hf`: a checkpoint as a Hugging Face folder, and back. They parse and print;
-checkpoints_tools/huggingface/to_hf.py and from_hf.py do the work.
+`mmscale convert to-hf|from-hf`: a checkpoint as a Hugging Face folder, and back. `to-lm-eval`: an export's held-out
+documents as tasks of lm-evaluation-harness. They parse and print; to_hf.py, from_hf.py and lm_eval_tasks.py in
+checkpoints_tools/huggingface do the work.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ from mmscale.errors import UsageError
 from mmscale.tables.routings import CAUSAL_ROUTINGS, meanings
 from mmscale.wording import numbered
 
-app = typer.Typer(help="Convert checkpoints to and from Hugging Face folders.", no_args_is_help=True)
+app = typer.Typer(
+    help="Convert checkpoints to and from Hugging Face folders, and data to tasks of lm-evaluation-harness.",
+    no_args_is_help=True,
+)
 # What an export does after each of its sub-steps.
 _AFTER = {
     "weights": "writing configuration and tokenizers",
@@ -149,3 +153,45 @@ def from_hf(
         update(f"reading {folder}")
         result = importing.import_(folder, run, image_codes=image_codes, seq_length=seq_length)
     emit(result, as_json=as_json, text=lambda: pairs(result.items()))
+
+
+@app.command("to-lm-eval", epilog="Example: mmscale convert to-lm-eval exports/quickstart exports/tasks")
+def to_lm_eval(
+    folder: Annotated[Path, typer.Argument(metavar="HF_DIR", help="Folder of `convert to-hf`.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to create; it must not exist.")],
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data", metavar="DIR", show_default=False, help="Prepared data set; default: the run's held-out split."
+        ),
+    ] = None,
+    batches: Annotated[
+        int | None, typer.Option("--batches", min=1, show_default=False, help="Stop after N batches.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write tasks of lm-evaluation-harness: the loss of each modality given another, on held-out documents.
+
+    `lm_eval` computes for the export the values that `mmscale eval` calls conditional_loss.
+    """
+    check_export(folder)
+    check_set(data)
+    from mmscale.runtime.activity import report_activity
+
+    with report_activity("loading transformers", enabled=not as_json) as update:
+        from checkpoints_tools.huggingface.lm_eval_tasks import TAG, TOKENIZER, write_tasks
+
+        update("reading held-out documents")
+        result = write_tasks(folder, out, data=data, batches=batches)
+    emit(result, as_json=as_json, text=lambda: _tasks(result, model=folder, tag=TAG, tokenizer=TOKENIZER))
+
+
+def _tasks(result: dict[str, Any], *, model: Path, tag: str, tokenizer: str) -> None:
+    rows: list[tuple[str, object]] = [("tasks", result["path"])]
+    rows += [
+        (name, f"{numbered(found['requests'], 'request')}, {numbered(found['tokens'], 'token')}")
+        for name, found in result["tasks"].items()
+    ]
+    pairs(rows)
+    settings = f"pretrained={model},tokenizer={result['path']}/{tokenizer},trust_remote_code=True,dtype=float32"
+    print(f"run: lm_eval run --model hf --model_args {settings} --include_path {result['path']} --tasks {tag}")

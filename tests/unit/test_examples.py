@@ -44,7 +44,7 @@ NOT_RUN = {
     },
     **{f"ckpt {name}": "a trained run" for name in ("reshard", "average", "fuse", "upcycle", "restore-bad", "sign")},
     **{f"ckpt {name}": "an object store" for name in ("mirror", "fetch")},
-    **{f"convert {name}": "a trained run" for name in ("to-hf", "from-hf")},
+    **{f"convert {name}": "a trained run" for name in ("to-hf", "from-hf", "to-lm-eval")},
     **{f"bench {benchmark.name}": "takes minutes, or a GPU" for benchmark in _BENCHMARKS},
 }
 ALL = [" ".join(command) for command in commands()]

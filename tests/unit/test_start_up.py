@@ -130,6 +130,7 @@ def test_a_wrong_path_is_named_before_torch_is_loaded(tmp_path: Path) -> None:
         f"convert to-hf {none} {tmp_path}/out": f"there is no folder {none}",
         f"convert to-hf {tmp_path}/run {tmp_path}/out --data {none}": "or correct --data",
         f"convert from-hf {none} {tmp_path}/new": f"{none}/config.json is missing",
+        f"convert to-lm-eval {none} {tmp_path}/new": f"{none}/config.json is missing",
         f"train configs/quickstart.yaml parallel.ep=1 data.path={none}": "or correct data.path",
     }
     loaded = "\nprint('torch' in sys.modules, file=sys.stderr)"

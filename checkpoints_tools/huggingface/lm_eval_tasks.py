@@ -76,7 +76,8 @@ def write_tasks(folder: Path, out: Path, *, data: Path | None = None, batches: i
     config = config_of_export(folder, content)
     config = config if data is None else with_data(config, data)
     _check_data(config, tokenizers_of_export(folder, content), folder)
-    vocabulary, report = Vocabulary.from_config(config.vocab), {}
+    vocabulary = Vocabulary.from_config(config.vocab)
+    report: dict[str, dict[str, int]] = {}
     with publish.folder(out) as place:
         for name, mixture in open_passes(config, vocabulary=vocabulary).items():
             number = mixture.len_epoch()

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from mmscale.config import Config
 from mmscale.data.holes import rotation
-from mmscale.data.prepared.identity import identity_of
-from mmscale.data.prepared.manifest import read_manifest
+from mmscale.data.prepared.identity import identities, identity_of
+from mmscale.data.prepared.manifest import read_blend, read_manifest
 from mmscale.data.prepared.neighbours import read_neighbours, write_neighbours
 from mmscale.data.stream.causal_masking import Masking, SpanChoice, token_runs
 from mmscale.data.stream.composites import ComposedSource, NeighbourUse, StoredNeighbours
-from mmscale.data.stream.mixture import Mixture
+from mmscale.data.stream.mixture import Mixture, open_mixture
+from mmscale.data.stream.segments import resume_stream
 from mmscale.data.stream.source import Source
 from mmscale.data.vocab import BOI, BOS, EOI, EOS, HOLES
 from mmscale.tables.settings import DATA_ORDERS, IMAGE_SPANS
 from tests.unit.data.corpora import prepare
 from tests.unit.data.stream.test_causal_masking import OPTIONS, SEQ, TOKENS, TWO, reference, restored
+from tests.unit.data.stream.test_causal_masking import config as masked_config
 
 DOCUMENTS, WIDTH, MOST = 90, 3, 2
 BITS = (3, 3, 1, 2)  # loss bits, by the number of a document
@@ -139,3 +143,63 @@ def test_each_epoch_has_other_spans_and_a_position_gives_the_same_batch(folder: 
     for index in (2 * length - 1, 1, length):
         np.testing.assert_array_equal(other.micro_batch(index).tokens, batches[index])
     assert not np.array_equal(np.sort(batches[0].ravel()), np.sort(batches[length].ravel()))
+
+
+def config(folder: Path, order: str, rate: float, neighbours: int) -> Config:
+    made = masked_config(folder, rate, kind="dense", seq_length=64)
+    retrieval = made.data.retrieval.model_copy(update={"neighbours": neighbours})
+    data = {"retrieval": retrieval, "order": order, "pack_window": 40, "deal_window": 16}
+    return made.model_copy(update={"data": made.data.model_copy(update=data)})
+
+
+# The rate and the number of neighbours before and after a resume within an epoch.
+CHANGES = {
+    "the rate": ((0.7, 2), (0.2, 2)),
+    "the neighbours": ((0.7, 2), (0.7, 1)),
+    "both": ((0.7, 1), (0.3, 2)),
+    "both begin": ((0.0, 0), (0.7, 2)),
+    "both end": ((0.7, 2), (0.0, 0)),
+    "the neighbours begin": ((0.7, 0), (0.7, 2)),
+    "the holes begin": ((0.0, 2), (0.7, 2)),
+}
+
+
+@pytest.mark.parametrize("order", list(DATA_ORDERS))
+@pytest.mark.parametrize("change", CHANGES)
+def test_after_changes_within_an_epoch_a_run_reads_what_it_has_not_read(
+    folder: Path, documents: list[list[int]], change: str, order: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the new settings and back; then it resumes without a change."""
+    monkeypatch.setitem(DATA_ORDERS, "blocks", dataclasses.replace(DATA_ORDERS["blocks"], block=24, chunk=4, above=20))
+    before, after = CHANGES[change]
+    read: Counter[int] = Counter()
+    kept, segments, consumed = [], [], 0
+    for rate, neighbours in (before, after, before, before):
+        made = config(folder, order, rate, neighbours)
+        place = resume_stream(
+            made,
+            open_mixture(made, "train", vocabulary=TWO),
+            data=identities(made, read_blend(made)),
+            consumed=consumed,
+            step=consumed // 4,
+            segments=segments,
+        )
+        first, segments = (consumed - place.mixture.start) // 2, place.segments
+        queries, holes, several = [], 0, 0
+        for number in range(first, first + 2):
+            batch = place.mixture.micro_batch(number)
+            for row, names in enumerate(batch.document_ids):
+                for name in np.unique(names):
+                    ids = batch.tokens[row, (names == name) & (batch.tokens[row] > 0)].tolist()
+                    if ids:
+                        plain = restored(ids, TWO)
+                        starts = [*(n for n, token in enumerate(plain) if token == BOS), len(plain)]
+                        queries.append(documents.index(plain[starts[-2] : starts[-1]]))
+                        holes += plain != ids
+                        several = max(several, len(starts) - 2)
+        assert (holes > 0) is (rate > 0) and several <= neighbours and (several > 0) is (neighbours > 0)
+        read.update(queries)
+        kept.append(len(segments))
+        consumed += 4
+    assert kept == [1, 2, 3, 3]
+    assert set(read.values()) == {1} and 25 < len(read) < DOCUMENTS

@@ -4,7 +4,9 @@ Trains small dense models on handwritten digits in one process, on the same sequ
 
     python examples/digits/write_documents.py --out data/digits-documents
     mmscale data prepare configs/quickstart.yaml --out SET
-    python docs/measurements/loss_weights.py SET 400 > loss_weights.json
+    python docs/measurements/loss_weights.py SET 400 loss_weights.jsonl
+
+It appends a line for each model and skips those that the file has, so that it can be stopped and started again.
 
 `clean`: the training documents. `duplicates`: a fifth of all documents are copies of eight of them. `noise`: one of 20
 documents has random tokens of the same modalities instead of its own. Held-out documents are those of the set.
@@ -13,13 +15,13 @@ documents has random tokens of the same modalities instead of its own. Held-out 
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from mmscale.config import Config
 from mmscale.data.prepared.manifest import read_manifest
@@ -91,14 +93,14 @@ def config_of(data: Path, steps: int, weights: dict[str, Any] | None) -> Config:
     )
 
 
-def trained(data: Path, steps: int, kind: str, weights: str, seed: int) -> dict[str, float]:
+def trained(folder: Path, steps: int, *, data: str, weights: str, seed: int) -> dict[str, float]:
     """Held-out losses of one model, and the effective share of documents in the last step."""
-    config = config_of(data, steps, WEIGHTS[weights])
+    config = config_of(folder, steps, WEIGHTS[weights])
     vocabulary = Vocabulary.from_config(config.vocab)
-    source = Source(data, split="train", vocabulary=vocabulary)
+    source = Source(folder, split="train", vocabulary=vocabulary)
     every = np.arange(len(source))
     documents = np.split(source.read(every), np.cumsum(source.rows(every).lengths)[:-1])
-    documents = planted(documents, vocabulary, kind, np.random.default_rng(seed))
+    documents = planted(documents, vocabulary, data, np.random.default_rng(seed))
     rows = sequences(documents, np.random.default_rng(100 + seed))
     groups.initialize_layout(seed=seed)
     device.set_seeds(seed)
@@ -118,20 +120,28 @@ def trained(data: Path, steps: int, kind: str, weights: str, seed: int) -> dict[
     return {key: round(value, 4) for key, value in (found | shares).items()}
 
 
-def main(data: Path, steps: int) -> None:
-    """Print the figures of all models as JSON."""
+def main(data: Path, steps: int, out: Path) -> None:
+    """Append the figures of all models that are not there yet, and print means over seeds."""
     groups.start(RankEnv())
-    found = []
-    for seed in SEEDS:
-        for kind in ("clean", "duplicates", "noise"):
-            for weights in WEIGHTS:
-                found.append(
-                    {"data": kind, "weights": weights, "seed": seed} | trained(data, steps, kind, weights, seed)
-                )
-                sys.stderr.write(json.dumps(found[-1]) + "\n")
-    sys.stdout.write(json.dumps({"steps": steps, "torch": torch.__version__, "runs": found}, indent=1) + "\n")
+    wanted: list[dict[str, Any]] = [
+        {"data": kind, "weights": weights, "seed": seed}
+        for seed in SEEDS
+        for kind in ("duplicates", "noise", "clean")
+        for weights in WEIGHTS
+    ]
+    found = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+    for model in wanted:
+        if not any(model.items() <= one.items() for one in found):
+            found.append(model | trained(data, steps, **model))
+            with out.open("a") as stream:
+                stream.write(json.dumps(found[-1]) + "\n")
     groups.finalize()
+    for kind in ("clean", "duplicates", "noise"):
+        for weights in WEIGHTS:
+            losses = [one["loss"] for one in found if (one["data"], one["weights"]) == (kind, weights)]
+            spread = statistics.stdev(losses) if len(losses) > 1 else 0.0
+            sys.stdout.write(f"{kind:12} {weights:10} {statistics.mean(losses):.4f} ± {spread:.4f}  {losses}\n")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

@@ -1,4 +1,4 @@
-"""RA-CM3 through the commands, where it meets something else: changed settings, auxiliary routers, loss weights, SFT."""
+"""RA-CM3 through the commands, where it meets something else: changed settings, auxiliary routers, loss weights."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tests.end_to_end.running import assert_says, mmscale, ok
 
 EXACT = ("loss", "grad_norm", "loss/text", "loss/image", "tokens", "lr")
 WEIGHTED = ("loss_weights/effective_share/text", "loss_weights/mean/image")
-WEIGHTS = "train.loss_weights={warmup: 1, temperature: 0.5}"
-STEADY = ("optim.schedule=constant", "optim.warmup=0")
+WEIGHTS = "train.loss_weights={warmup: 1, temperature: 0.5, decay: 0.5}"
+STEADY = ("optim.schedule=constant",)
 
 Figures = dict[int, dict[str, Any]]
 
@@ -33,6 +33,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory, tiny: dict[str, Any]) -> 
         "model": {**tiny["model"], "depth": None},
         "data": {**tiny["data"], "path": str(root / "set"), "retrieval": {"neighbours": 2}},
         "train": {**tiny["train"], "steps": 3, "eval_every": 0},
+        "optim": {**tiny["optim"], "warmup": 0, "lr": 1e-4},  # losses that fall quickly are all below the averages
         "objective": {"cm3_rate": 0.8, "image_spans": "partial"},
         "parallel": {},
         "checkpoint": {"every": 3, "keep": 9, "asynchronous": False},
@@ -77,7 +78,9 @@ CHANGES: dict[str, tuple[str, ...]] = {
 
 @pytest.mark.long
 @pytest.mark.parametrize("weights", [(), (WEIGHTS,)], ids=["plain", "weighted"])
-@pytest.mark.parametrize("change", ["both", *(pytest.param(n, marks=pytest.mark.exhaustive) for n in list(CHANGES)[1:])])
+@pytest.mark.parametrize(
+    "change", ["both", *(pytest.param(n, marks=pytest.mark.exhaustive) for n in list(CHANGES)[1:])]
+)
 def test_after_a_change_a_run_resumes_bit_by_bit(
     settings: Path, begun: dict[str, Path], change: str, weights: tuple[str, ...], tmp_path: Path
 ) -> None:
@@ -96,13 +99,13 @@ def test_after_a_change_a_run_resumes_bit_by_bit(
     spread = trained(settings, tmp_path / "ep2", *after, "train.steps=8", "parallel.ep=2", "--yes", nproc=2)
     for step, line in whole.items():
         assert spread[step]["loss"] == pytest.approx(line["loss"], rel=2e-5), step
-    assert any(WEIGHTED[0] in line and line[WEIGHTED[0]] < 1 for line in whole.values()) is bool(weights)
+    assert any(line.get(WEIGHTED[0], 1.0) < 1.0 for line in whole.values()) is bool(weights)
 
 
 @pytest.mark.long
 def test_auxiliary_routers_are_trained_and_resumed(settings: Path, begun: dict[str, Path], tmp_path: Path) -> None:
     """On composites with holes; the routers' evaluation and that of their run read plain held-out documents."""
-    steps = ("--stage", "auxiliary", "auxiliary.steps=4", "auxiliary.checkpoint_every=2", "auxiliary.eval_every=4")
+    steps = ("--stage", "auxiliary", "auxiliary.steps=4", "auxiliary.checkpoint_every=2")
     steady = ("auxiliary.optim.schedule=constant", "auxiliary.calibration_batches=2")
     found: dict[str, list[dict[str, Any]]] = {}
     for name in ("whole", "parts", "alone"):

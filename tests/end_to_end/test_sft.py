@@ -108,6 +108,28 @@ def test_resumed_bit_by_bit_even_if_the_main_run_goes_on(folder: Path, tuned: Tu
 
 
 @pytest.mark.long
+def test_phases_of_a_stage_with_conversations_and_documents_with_holes(folder: Path, tmp_path: Path) -> None:
+    """Answers only, and CM3 in the other source; stopped in either phase it resumes bit by bit, also without holes."""
+    both = ("sft.path=null", f"sft.blend=[{{path: {folder / 'chat-set'}}}, {{path: {folder / 'set'}}}]")
+    phases = ("sft.optim.schedule=constant", "sft.optim.phases=[{start: 3, lr: 2e-4}]")
+    main = ("train.steps=6", "train.eval_every=0", "checkpoint.every=0", "checkpoint.asynchronous=false")
+    ok("train", folder / "tiny.yaml", f"run.dir={tmp_path / 'whole'}", *main, "objective.cm3_rate=0.8")
+    for name in ("parts", "tp2", "plain"):
+        shutil.copytree(tmp_path / "whole" / "tiny", tmp_path / name / "tiny")
+    masked = (*both, *phases, "objective.cm3_rate=0.8")
+    whole = stage(folder, tmp_path / "whole", *masked)
+    assert [whole[step]["lr"] for step in range(1, 7)] == [1e-3] * 3 + [2e-4] * 3
+    without = tuple(one for one in masked if not one.startswith("sft.optim.phases"))
+    for steps, settings in ((2, without), (5, masked), (STEPS, masked)):  # the phase comes with the first resume
+        parts = stage(folder, tmp_path / "parts", *settings, f"sft.steps={steps}", "sft.checkpoint_every=2")
+    spread = stage(folder, tmp_path / "tp2", *masked, "parallel.tp=2", nproc=2)
+    for step, line in whole.items():
+        assert {key: parts[step].get(key) for key in EXACT} == {key: line.get(key) for key in EXACT}
+        assert spread[step]["loss"] == pytest.approx(line["loss"], rel=2e-5), step
+    assert stage(folder, tmp_path / "plain", *both, *phases)[1]["loss"] != whole[1]["loss"]
+
+
+@pytest.mark.long
 def test_muon_fine_tunes_alike_in_layouts_and_after_a_stop(folder: Path, tuned: Tuned, tmp_path: Path) -> None:
     muon = ("sft.optim.optimizer=muon", "sft.optim.schedule=constant")
     whole = stage(folder, tmp_path / "whole", *muon)

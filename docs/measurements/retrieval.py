@@ -4,7 +4,7 @@
 
 It writes 9,000 documents about 3,000 persons, prepares them, finds their neighbours, trains a small model with and
 without neighbours for each seed, and evaluates each run four times. The table goes to the terminal and to
-FOLDER/retrieval.json.
+FOLDER/retrieval.json. Started again, it goes on with the runs and evaluations that are not there yet.
 """
 
 import json
@@ -17,6 +17,7 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 PERSONS, DOCUMENTS, FACTS = 3000, 3, 3
+EVALUATED = ("0", "1", "2", "random")  # neighbours
 SYLLABLES = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
 PHRASES = {
     "town": ("lives in {}", "has a house in {}", "comes home to {}"),
@@ -69,25 +70,35 @@ def mmscale(*arguments: object) -> dict:
     return json.loads(out[out.index("{") :])
 
 
-def measure(folder: Path, steps: int, seeds: int) -> dict:
-    """Losses by training and evaluation, one for each seed."""
+def prepared(folder: Path) -> Path:
+    """The configuration, beside its data set with neighbours."""
     folder.mkdir(parents=True, exist_ok=True)
     documents, data, config = folder / "facts.jsonl", folder / "data", folder / "config.yaml"
-    write_documents(documents)
-    config.write_text(json.dumps(CONFIG | {"data": {"path": str(data)}, "run": {"dir": str(folder / "runs")}}))
-    if not data.exists():
+    if not (data / "neighbours").exists():
+        write_documents(documents)
+        config.write_text(json.dumps(CONFIG | {"data": {"path": str(data)}, "run": {"dir": str(folder / "runs")}}))
         mmscale("data", "prepare", config, "--documents", documents, "--out", data, "data.prepare.held_out=0.05")
-    log.info("%s", mmscale("data", "retrieve", data))
-    found: dict = {}
+        log.info("%s", mmscale("data", "retrieve", data))
+    return config
+
+
+def measure(folder: Path, steps: int, seeds: int) -> dict[str, dict[str, dict[str, float]]]:
+    """Losses by training, evaluation and seed."""
+    config, file = prepared(folder), folder / "retrieval.json"
+    found: dict = json.loads(file.read_text()) if file.exists() else {}
     for seed in range(seeds):
         for most in (2, 0):
-            name = f"neighbours-{most}-seed-{seed}"
+            run, name = f"trained with up to {most}", f"neighbours-{most}-seed-{seed}"
+            rows = found.setdefault(run, {})
+            if all(str(seed) in rows.get(wanted, {}) for wanted in EVALUATED):
+                continue
             settings = (f"run.name={name}", f"run.seed={seed}", f"data.retrieval.neighbours={most}")
             mmscale("train", config, *settings, f"train.steps={steps}")
-            for wanted in ("0", "1", "2", "random"):
+            for wanted in EVALUATED:
                 loss = mmscale("eval", folder / "runs" / name, "--neighbours", wanted)["loss"]
-                found.setdefault(f"trained with up to {most}", {}).setdefault(wanted, []).append(loss)
+                rows.setdefault(wanted, {})[str(seed)] = loss
                 log.info("%s %s %.4f", name, wanted, loss)
+                file.write_text(json.dumps(found, indent=1) + "\n")
     return found
 
 
@@ -95,8 +106,8 @@ if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     place = Path(sys.argv[1])
     result = measure(place, steps=int(sys.argv[2]), seeds=int(sys.argv[3]))
-    (place / "retrieval.json").write_text(json.dumps(result, indent=1))
     for run, rows in result.items():
-        for wanted, losses in rows.items():
+        for wanted, by_seed in rows.items():
+            losses = list(by_seed.values())
             spread = statistics.stdev(losses) if len(losses) > 1 else 0.0
             log.info("%s | evaluated with %s | %.3f ± %.3f", run, wanted, statistics.mean(losses), spread)

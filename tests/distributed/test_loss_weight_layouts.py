@@ -7,6 +7,7 @@ of test_layouts.py.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,15 @@ def weighted(made: Config, folder: Path, reference: Path | None = None) -> tuple
         groups.destroy_layout()
 
 
-def equals_one_process(model: str, world_size: int, folder: Path) -> None:
+def equals_one_process(
+    model: str,
+    world_size: int,
+    folder: Path,
+    config: Callable[..., Config] = config,
+    names: Sequence[str] | None = None,
+) -> None:
+    """All layouts, or those with some names; `config` makes the settings of a model and a layout."""
+
     def alone(ranks: RankEnv) -> None:
         start(ranks)
         found, averages = weighted(config(model), folder / "alone")
@@ -85,6 +94,8 @@ def equals_one_process(model: str, world_size: int, folder: Path) -> None:
     def steps(ranks: RankEnv) -> None:
         start(ranks)
         for name, parallel in LAYOUTS[world_size].items():
+            if names is not None and name not in names:
+                continue
             if "ep" in parallel and model.startswith(("dense", "mot")):
                 continue
             made = config(model, parallel=parallel)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mmscale.config import Config
+from mmscale.config.train.schema import LossWeightsConfig
 from mmscale.data.prepared.identity import identity_of
 from mmscale.data.prepared.manifest import read_manifest
 from mmscale.data.prepared.neighbours import write_neighbours
@@ -18,6 +19,7 @@ from mmscale.runtime import groups
 from mmscale.runtime.rank_env import RankEnv
 from mmscale.train.proof import trial
 from tests.distributed.layouts import References, assert_passes, config, judge, start
+from tests.distributed.test_loss_weight_layouts import WEIGHTS, equals_one_process
 from tests.support import run_ranks
 from tests.unit.data.corpora import prepare
 
@@ -126,3 +128,23 @@ def test_layouts_equal_one_process(
         groups.finalize()
 
     run_ranks(steps, world_size=2)
+
+
+@pytest.mark.parametrize(
+    ("model", "names"),
+    [
+        pytest.param("moma", SHORT, marks=pytest.mark.long),
+        *(pytest.param(model, None, marks=pytest.mark.exhaustive) for model in ("dense_tied", "moma_token_choice")),
+    ],
+)
+def test_layouts_weigh_composites_alike(
+    folder: Path, model: str, names: tuple[str, ...] | None, tmp_path: Path
+) -> None:
+    """Neighbours, holes and loss weights: a composite is one document with one weight for each modality."""
+
+    def weighted(model: str, parallel: dict[str, Any] | None = None) -> Config:
+        made = settings(folder, model, loss=True, masked=0.8, parallel=parallel)
+        weights = LossWeightsConfig.model_validate(WEIGHTS)
+        return made.model_copy(update={"train": made.train.model_copy(update={"loss_weights": weights})})
+
+    equals_one_process(model, 2, tmp_path, weighted, names)

@@ -98,6 +98,11 @@ def mean_shares(config: Config) -> list[float]:
     return found
 
 
+def sends_keys_around(config: Config) -> bool:
+    """Whether context-parallel ranks exchange keys and values in a ring."""
+    return config.parallel.cp > 1 and config.parallel.cp_attention == "ring"
+
+
 def depth_tokens(config: Config) -> int:
     """Tokens of each sequence that a Mixture-of-Depths layer processes [tokens].
 

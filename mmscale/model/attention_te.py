@@ -3,9 +3,10 @@
 Imported only if Transformer-Engine is installed. Not used for fp32, nor if Transformer-Engine has no fused kernel for
 ragged sequences; then attention.py's class fills the slot.
 
-With context parallelism the ragged sequences are a rank's pieces of documents (ragged.py), and keys and values are
-gathered here. Transformer-Engine's own context parallelism is not used: it takes documents that are split in this way,
-but not the sequences of Mixture-of-Depths layers.
+With context parallelism `parallel.cp_attention` selects the class. `FusedDocumentAttention` gathers keys and values; the
+ragged sequences are a rank's pieces of documents (ragged.py). `RingDocumentAttention` is Transformer-Engine's own
+context parallelism, which sends keys and values around a ring: it takes documents that are split in this way, but not
+the sequences of Mixture-of-Depths layers.
 
 Shapes: S tokens of a sequence, N = S / CP tokens of this rank, B sequences, H heads of this rank, G key/value heads of
 this rank, D width of a head, K keys of all pieces.
@@ -32,11 +33,16 @@ from mmscale.runtime import transformer_engine
 
 _PACKAGE = "transformer_engine.pytorch.attention.dot_product_attention"
 _DOCUMENTS_MASK, _PIECES = "padding_causal", "padding_causal_bottom_right"
+_RING = "p2p"  # Transformer-Engine's name
 _LENGTH, _DOCUMENTS = 4096, 64  # of a typical micro-batch; whether a kernel exists does not depend on them
 
 
-def takes_documents(transformer: TransformerConfig) -> bool:
+def takes_documents(transformer: TransformerConfig, *, ring: bool = False) -> bool:
     """Whether Transformer-Engine has a fused kernel for this model's heads and ragged sequences on this machine.
+
+    Args:
+        transformer: heads and layout.
+        ring: with its own context parallelism.
 
     Without a fused kernel Transformer-Engine would materialise scores of [documents, H, S, S]. That happens below
     compute capability 9.0, where cuDNN does not support ragged sequences, if flash-attn is not installed. The function
@@ -45,9 +51,9 @@ def takes_documents(transformer: TransformerConfig) -> bool:
     if not transformer.bf16:
         return False  # the kernels take no fp32
     utils: Any = importlib.import_module(f"{_PACKAGE}.utils")
-    tp = transformer.tensor_model_parallel_size
-    pieces = transformer.context_parallel_size > 1
-    queries = _LENGTH // transformer.context_parallel_size
+    tp, cp = transformer.tensor_model_parallel_size, transformer.context_parallel_size
+    pieces = cp > 1 and not ring
+    queries = _LENGTH // cp if pieces else _LENGTH
     newer = transformer_engine.known_fields(
         utils.AttentionParams,
         bottom_right_diagonal=pieces,  # since 2.12
@@ -69,6 +75,8 @@ def takes_documents(transformer: TransformerConfig) -> bool:
         core_attention_bias_shape=None,
         core_attention_bias_requires_grad=False,
         fp8_meta={},
+        context_parallel=ring,
+        cp_comm_type=_RING,
         **newer,
     )
     flash, _, fused, *_ = utils.get_attention_backend(asked)
@@ -168,6 +176,62 @@ class FusedDocumentAttention(TEDotProductAttention):
         )
         with _known_choice((len(ends[0]), len(ragged[0]), len(ragged[1]), *longest, self.training)):
             return super().forward(*ragged, None, _Mask(mask), packed_seq_params=sequences)
+
+
+@dataclass
+class _Documents(PackedSeqParams):
+    """Documents for the ring, with an argument of Transformer-Engine's that megatron-core lacks.
+
+    Attributes:
+        pad_between_seqs: whether there are gaps between documents. None would make Transformer-Engine compare the two
+            arrays of ends, and wait for the device, in every layer.
+    """
+
+    pad_between_seqs: bool = False
+
+
+class RingDocumentAttention(TEDotProductAttention):
+    """Transformer-Engine's context parallelism: keys and values of other ranks arrive one rank after another.
+
+    Each rank has two pieces of every document, an early and a late one next to each other: what Transformer-Engine
+    expects of its `thd` format (tex.thd_get_partitioned_indices). Until backward a rank keeps its own part of keys and
+    values only. The results of the steps are added in the model's number format, so rounding grows with the ranks.
+    """
+
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        assert config.context_parallel_size > 1, "a ring needs several ranks"
+        super().__init__(config, *args, **{**kwargs, "cp_comm_type": _RING})
+        self.kept_packed_seq_params.add("pad_between_seqs")
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        attn_mask_type: Any = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: MixedModalParams | None = None,
+        **_: Any,
+    ) -> Tensor:
+        """Attend: query [N, B, H, D], key and value [N, B, G, D] -> [N, B, H * D]."""
+        assert attention_mask is None and attention_bias is None, "documents come in packed_seq_params"
+        assert packed_seq_params is not None and packed_seq_params.context is not None, "the batch was not split"
+        ends, whole = packed_seq_params.document_ends(), packed_seq_params.document_ids.shape[0]
+        # Ends and lengths are those of whole documents; Transformer-Engine divides them by the number of ranks.
+        sequences = _Documents(
+            qkv_format="thd",
+            cu_seqlens_q=ends,
+            cu_seqlens_kv=ends,
+            cu_seqlens_q_padded=ends,
+            cu_seqlens_kv_padded=ends,
+            max_seqlen_q=whole,
+            max_seqlen_kv=whole,
+        )
+        with _known_choice(("ring", len(ends), whole, self.training)):
+            ragged = (_flat(query), _flat(key), _flat(value))
+            out = super().forward(*ragged, None, _Mask(_DOCUMENTS_MASK), packed_seq_params=sequences)
+        return out.view(query.shape[1], query.shape[0], -1).transpose(0, 1)
 
 
 @dataclass(frozen=True)

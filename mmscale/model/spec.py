@@ -22,7 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules, get_transformer_layer_offset
 
 from mmscale.config import Config
-from mmscale.config.derived import depth_tokens, expert_groups, shared_width, ungated_groups
+from mmscale.config.derived import depth_tokens, expert_groups, sends_keys_around, shared_width, ungated_groups
 from mmscale.config.precision.fp8 import capacity_multiple, row_multiple
 from mmscale.errors import ConfigError
 from mmscale.model.attention import DocumentAttention
@@ -63,13 +63,20 @@ def backend(config: Config) -> Literal["te", "torch"]:
 
 
 def parts(config: Config, transformer: TransformerConfig) -> Parts:
-    """The classes of this machine's backend."""
+    """The classes of this machine's backend.
+
+    Raises:
+        ConfigError: `parallel.cp_attention = ring` without Transformer-Engine, or without a kernel of it.
+    """
+    ring = sends_keys_around(config)
+    if ring:
+        transformer_engine.require("parallel.cp_attention = ring")
     if backend(config) == "torch":
         return EMULATED_FP8 if config.precision.emulated else TORCH
     # Cannot be imported without Transformer-Engine.
     from mmscale.model.spec_te import parts as te_parts
 
-    return te_parts(transformer)
+    return te_parts(transformer, ring=ring)
 
 
 def untied_parts(config: Config, classes: Parts, part: str) -> Parts:

@@ -46,7 +46,7 @@ def user_buffers(*, rows: int, hidden: int, tp: int, fp8: bool, bf16: bool) -> N
     group calls it.
 
     Args:
-        rows: tokens of a micro-batch, over all tensor-parallel ranks.
+        rows: tokens of a micro-batch on a context-parallel rank, over all of its tensor-parallel ranks.
         hidden: width of the residual stream.
         tp: tensor-parallel ranks.
         fp8: whether there are layers in FP8.

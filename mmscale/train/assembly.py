@@ -66,7 +66,7 @@ def start(config: Config, env: RankEnv) -> ProcessGroupCollection:
     )
     if parallel.overlap_tensor:
         launch_order.user_buffers(
-            rows=config.train.micro_batch_size * config.model.seq_length,
+            rows=config.train.micro_batch_size * config.model.seq_length // parallel.cp,
             hidden=config.model.hidden_size,
             tp=parallel.tp,
             fp8=config.precision.fp8 != "off",

@@ -14,7 +14,7 @@ from typing import Any
 
 from packaging.version import Version
 
-from tests.te_on_cpu import attention, elementwise, enumerations, package, products, quantization, signatures
+from tests.te_on_cpu import attention, elementwise, enumerations, package, products, quantization, ring, signatures
 
 CALLS: Counter[str] = Counter()
 
@@ -67,6 +67,14 @@ _FUNCTIONS: dict[types.ModuleType, tuple[str, ...]] = {
         "convert_thd_to_bshd",
         "convert_bshd_to_thd",
     ),
+    ring: (
+        "thd_get_partitioned_indices",
+        "thd_read_half_tensor",
+        "thd_second_half_lse_correction",
+        "thd_read_second_half_lse",
+        "thd_out_correction",
+        "thd_grad_correction",
+    ),
 }
 
 # The other names of version 2.11: `from transformer_engine_torch import *` must find them.
@@ -86,8 +94,7 @@ _OTHERS = """
     qgelu reglu relu rmsnorm_bwd_add scaled_aligned_causal_masked_softmax_backward
     scaled_aligned_causal_masked_softmax_forward scaled_masked_softmax_backward scaled_masked_softmax_forward
     scaled_softmax_backward scaled_softmax_forward scaled_upper_triang_masked_softmax_backward
-    scaled_upper_triang_masked_softmax_forward silu sreglu srelu swap_first_dims thd_get_partitioned_indices
-    thd_grad_correction thd_out_correction thd_read_half_tensor thd_read_second_half_lse thd_second_half_lse_correction
+    scaled_upper_triang_masked_softmax_forward silu sreglu srelu swap_first_dims
     ubuf_built_with_mpi CommOverlap CommOverlapBase CommOverlapCore CommOverlapHelper CommOverlapP2P CommOverlapP2PBase
     FP8TensorMeta
 """

@@ -106,6 +106,7 @@ def install(*, everywhere: bool = False) -> types.ModuleType:
         ModuleNotFoundError: the package is not on sys.path.
         RuntimeError: it was imported before.
     """
+    os.environ.setdefault("NVTE_TORCH_COMPILE", "0")  # its small functions as they are, without a compiler
     if everywhere:
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # do not compile for a GPU that does not exist
     made = _import()

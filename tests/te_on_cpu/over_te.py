@@ -5,15 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
 from mmscale.config import Config
 from mmscale.runtime import transformer_engine
+from tests.te_on_cpu import pretended_gpu
 
 
 @pytest.fixture(autouse=True)
 def can_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make Transformer-Engine report that it can run, although there is no CUDA device."""
     monkeypatch.setattr(transformer_engine, "problem", lambda: None)
+    # megatron-core would create a stream of the device for context parallelism.
+    monkeypatch.setattr(TEDotProductAttention, "cp_stream", pretended_gpu.proxy().cuda.Stream())
 
 
 def small(made: Config, **model: Any) -> Config:

@@ -157,8 +157,38 @@ def _coalescing_manager(group: Any = None, device: Any = None, async_ops: bool |
     return _coalescing_manager_of(group, None, async_ops)
 
 
+class _Work:
+    """A message that may be waited for twice, as with NCCL: gloo would wait for another one."""
+
+    def __init__(self, work: Any) -> None:
+        self._work = work
+
+    def wait(self) -> None:
+        if self._work is not None:
+            self._work.wait()
+        self._work = None
+
+
+def _isend(tensor: Tensor, peer: int, group: Any) -> _Work:
+    return _Work(torch.distributed.isend(tensor, peer, group))
+
+
+def _irecv(tensor: Tensor, peer: int, group: Any) -> _Work:
+    return _Work(torch.distributed.irecv(tensor, peer, group))
+
+
 class _Distributed(types.ModuleType):
     _coalescing_manager = staticmethod(_coalescing_manager)
+    isend, irecv = staticmethod(_isend), staticmethod(_irecv)
+
+    @staticmethod
+    def P2POp(function: Any, tensor: Tensor, peer: int, group: Any) -> Any:  # noqa: N802  torch's name
+        plain = {_isend: torch.distributed.isend, _irecv: torch.distributed.irecv}
+        return torch.distributed.P2POp(plain[function], tensor, peer, group)
+
+    @staticmethod
+    def batch_isend_irecv(messages: list[Any]) -> list[_Work]:
+        return [_Work(work) for work in torch.distributed.batch_isend_irecv(messages)]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch.distributed, name)

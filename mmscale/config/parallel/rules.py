@@ -74,16 +74,29 @@ def _context(config: Config) -> Iterator[Problem]:
             "sequence would exchange tokens with different ranks' sequences",
             "make one of them a multiple of the other",
         )
-    yield from _not_split(config)
+    if derived.sends_keys_around(config):
+        yield from _ring(config)
 
 
-def _not_split(config: Config) -> Iterator[Problem]:
-    """Features that do not support split sequences."""
-    parallel, cp = config.parallel, config.parallel.cp
-    if parallel.overlap_tensor:
+def _ring(config: Config) -> Iterator[Problem]:
+    """What Transformer-Engine's context parallelism cannot do (dot_product_attention/context_parallel.py)."""
+    model, precision = config.model, config.precision
+    instead = "use parallel.cp_attention=gather"
+    if model.depth is not None:
         yield Problem(
-            f"parallel.cp = {cp} with parallel.overlap_tensor is not implemented",
-            "drop parallel.overlap_tensor, or use parallel.cp=1",
+            "parallel.cp_attention = ring with model.depth: the ring cuts every document into 2 * parallel.cp pieces, "
+            "and the tokens that a Mixture-of-Depths layer selects of a document have any number",
+            instead,
+        )
+    if model.backend == "torch" or precision.emulated or model.untie:
+        what = "model.backend = torch"
+        if model.backend != "torch":
+            what = "precision.fp8_emulate" if precision.emulated else "model.untie"
+        yield Problem(f"parallel.cp_attention = ring with {what}: the ring is Transformer-Engine's", instead)
+    if precision.dtype == "fp32":
+        yield Problem(
+            "parallel.cp_attention = ring with precision.dtype = fp32: Transformer-Engine's attention takes bf16",
+            f"{instead}, or precision.dtype=bf16",
         )
 
 

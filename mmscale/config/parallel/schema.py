@@ -32,6 +32,13 @@ class ParallelConfig(Section):
         1,
         unit="ranks",
     )
+    cp_attention: Literal["gather", "ring"] = setting(
+        "How attention sees the keys and values of other context-parallel ranks. gather: every rank gathers all of them, "
+        "layer by layer. ring: Transformer-Engine sends them from rank to rank while it computes, and a rank keeps only "
+        "its own; needs model.backend=te or auto, bf16 and no Mixture-of-Depths. Without effect for cp=1.",
+        "gather",
+        source="mcore cp_comm_type",
+    )
     recompute: Literal["none", "full", "selective"] = setting(
         "Recompute activations in the backward pass. full: whole layers; selective: the parts in recompute_modules.",
         "none",

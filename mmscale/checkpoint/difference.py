@@ -10,11 +10,14 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from mmscale.checkpoint.tensors import SCALING, TensorSource
 
 FIRST_MOMENT = "optimizer.state.exp_avg."
+_MASTER = "optimizer.state.param."
 # Prefixes of groups of tensors with comparable norms; all other names are weights or thresholds of the model.
-_KINDS = (FIRST_MOMENT, "optimizer.state.exp_avg_sq.", "optimizer.state.param.")
+_KINDS = (FIRST_MOMENT, "optimizer.state.exp_avg_sq.", _MASTER)
 # A tensor's difference is divided by its norm, or, if that is larger, by this share of the norm of all tensors of its
 # kind: a gradient whose terms nearly cancel consists of rounding errors.
 FLOOR = 1e-4
@@ -39,29 +42,46 @@ class TensorDifference:
         return self.name.startswith(FIRST_MOMENT)
 
 
-def differences(reference: TensorSource, other: TensorSource) -> list[TensorDifference]:
+def differences(reference: TensorSource, other: TensorSource, *, within: float) -> list[TensorDifference]:
     """The difference of every tensor, the largest first. FP8's scales are excluded: they follow from amax histories.
+
+    Of weights, only elements are compared whose own first moments agree within `within`. Adam moves an element by lr *
+    g / (|g| + eps), so a gradient that is zero but for rounding moves it by any part of lr. The bias of keys has such
+    elements, and a bias that starts at zero consists of this update alone. Of all other elements the update differs
+    by at most `within` of itself if the moments agree and the optimizer is right.
 
     Args:
         reference: the checkpoint whose norms are used.
         other: the checkpoint that is compared with it.
+        within: relative difference that is allowed.
     """
     ours, theirs = (set(_compared(source.names())) for source in (reference, other))
     found = [TensorDifference(name, math.inf) for name in ours ^ theirs]
     apart: dict[str, float] = {}
     norms: dict[str, float] = {}
     of_kind: dict[str, float] = {}
-    for name in sorted(ours & theirs):
+    both = ours & theirs
+    for name in sorted(both):
         if reference.entry(name).shape != other.entry(name).shape:
             found.append(TensorDifference(name, math.inf))
             continue
         tensor = reference.read(name).double()
-        norms[name], apart[name] = float(tensor.norm()), float((tensor - other.read(name).double()).norm())
+        difference = tensor - other.read(name).double()
+        moment = FIRST_MOMENT + name.removeprefix(_MASTER)
+        if moment in both and _kind(name) in ("", _MASTER) and reference.entry(moment).shape == tuple(tensor.shape):
+            difference = difference.masked_fill(_undetermined(moment, reference, other, within), 0.0)
+        norms[name], apart[name] = float(tensor.norm()), float(difference.norm())
         of_kind[_kind(name)] = math.hypot(of_kind.get(_kind(name), 0.0), norms[name])
     for name, value in apart.items():
         scale = max(norms[name], FLOOR * of_kind[_kind(name)])
         found.append(TensorDifference(name, _ratio(value, scale)))
     return sorted(found, key=lambda one: (-one.value, one.name))
+
+
+def _undetermined(moment: str, reference: TensorSource, other: TensorSource, within: float) -> Tensor:
+    """Elements whose first moments differ by more than `within` of themselves."""
+    one, two = reference.read(moment).double(), other.read(moment).double()
+    return (one - two).abs() > within * one.abs()
 
 
 def _ratio(apart: float, scale: float) -> float:

@@ -77,9 +77,11 @@ def compare(reference: Trace, trace: Trace) -> tuple[float, float]:
     return loss, norm
 
 
-def compare_tensors(reference: Path, saved: Path) -> list[TensorDifference]:
+def compare_tensors(
+    reference: Path, saved: Path, *, tolerance: Tolerance = TOLERANCE["fp32"]
+) -> list[TensorDifference]:
     """Differences between the checkpoints of two trials, the largest first."""
-    return differences(open_tensors(reference, SAVED_STEP), open_tensors(saved, SAVED_STEP))
+    return differences(open_tensors(reference, SAVED_STEP), open_tensors(saved, SAVED_STEP), within=tolerance.state)
 
 
 def choices_of(config: Config, folder: Path, *, repeat: bool) -> Choices | None:
@@ -202,7 +204,7 @@ def _under_the_layout(
         alone, saved = folder / "one_process", folder / "layout"
         choices = choices_of(config, folder, repeat=True)
         trace = take_steps(config, steps=steps, saved=saved, reference=alone, choices=choices)
-        tensors = from_first(compare_tensors(alone, saved) if env.rank == 0 else None)
+        tensors = from_first(compare_tensors(alone, saved, tolerance=tolerance_of(config)) if env.rank == 0 else None)
         chosen = counted(choices)
     finally:
         process_groups.finalize()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -12,6 +13,7 @@ from mmscale.checkpoint.difference import FLOOR, differences, largest
 from mmscale.checkpoint.tensors import TensorEntry
 
 MOMENT = "optimizer.state.exp_avg."
+WITHIN = 1e-3
 
 
 class Held:
@@ -35,7 +37,7 @@ class Held:
 
 def _apart(one: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, float]:
     sources: list[Any] = [Held(**one), Held(**other)]
-    return {found.name: found.value for found in differences(*sources)}
+    return {found.name: found.value for found in differences(*sources, within=WITHIN)}
 
 
 def test_a_difference_is_relative_to_the_tensor() -> None:
@@ -46,7 +48,7 @@ def test_a_difference_is_relative_to_the_tensor() -> None:
     assert math.isclose(found[f"{MOMENT}b"], 1.0, rel_tol=1e-6)
     assert list(found) == [f"{MOMENT}b", "w", f"{MOMENT}a"]  # the worst first
     sources: list[Any] = [Held(**one), Held(**other)]
-    assert largest(differences(*sources)).is_gradient
+    assert largest(differences(*sources, within=WITHIN)).is_gradient
 
 
 def test_a_tensor_of_rounding_errors_is_measured_against_its_kind() -> None:
@@ -56,6 +58,38 @@ def test_a_tensor_of_rounding_errors_is_measured_against_its_kind() -> None:
     # Weights are large, but they are another kind.
     assert math.isclose(_apart(one | {"w": torch.full((1,), 1e9)}, other | {"w": torch.full((1,), 1e9)})[f"{MOMENT}b"],
                         2e-9 / FLOOR, rel_tol=1e-5)  # fmt: skip
+
+
+def _first_step(gradient: Tensor, weight: Tensor) -> dict[str, Tensor]:
+    """A weight after Adam's first step, with its moment."""
+    updated = weight - 1e-3 * gradient / (gradient.abs() + 1e-8)
+    return {"w": updated, "optimizer.state.param.w": updated.double(), f"{MOMENT}w": gradient}
+
+
+def test_elements_whose_gradient_is_rounding_say_nothing_about_a_weight() -> None:
+    """A bias that starts at zero consists of its first update, in which a rounding error is as large as a gradient."""
+    exact = torch.linspace(1.0, 2.0, 100)
+    one, other = exact.clone(), exact.clone()
+    one[:10], other[:10] = 1e-7, -1e-7  # the sum of terms that cancel, of the size of the others
+    found = _apart(_first_step(one, torch.zeros(100)), _first_step(other, torch.zeros(100)))
+    assert found[f"{MOMENT}w"] < 1e-6  # the gradients agree,
+    assert found["w"] < 1e-6 and found["optimizer.state.param.w"] < 1e-6  # and so do the weights
+
+
+@pytest.mark.parametrize("wrong", [0.0, 1.01], ids=["not updated", "1 % too much"])
+def test_wrong_updates_of_a_weight_that_starts_at_zero_are_seen(wrong: float) -> None:
+    gradient = torch.linspace(1.0, 2.0, 100)
+    one, other = (_first_step(gradient, torch.zeros(100)) for _ in range(2))
+    other["w"] = wrong * other["w"]
+    found = _apart(one, other)
+    assert math.isclose(found["w"], abs(1 - wrong), rel_tol=1e-4)
+    assert found["optimizer.state.param.w"] == 0.0
+
+
+def test_a_weight_without_gradient_is_compared() -> None:
+    """Of an expert without tokens the moments are zero, and equal."""
+    one, other = (_first_step(torch.zeros(4), torch.full((4,), value)) for value in (1.0, 1.5))
+    assert math.isclose(_apart(one, other)["w"], 0.5)
 
 
 def test_what_cannot_be_compared_differs_infinitely() -> None:

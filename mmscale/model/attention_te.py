@@ -3,8 +3,8 @@
 Imported only if Transformer-Engine is installed. Not used for fp32, nor if Transformer-Engine has no fused kernel for
 ragged sequences; then attention.py's class fills the slot.
 
-With context parallelism `parallel.cp_attention` selects the class. `FusedDocumentAttention` gathers keys and values; the
-ragged sequences are a rank's pieces of documents (ragged.py). `RingDocumentAttention` is Transformer-Engine's own
+With context parallelism `parallel.cp_attention` selects the class. `FusedDocumentAttention` gathers keys and values;
+the ragged sequences are a rank's pieces of documents (ragged.py). `RingDocumentAttention` is Transformer-Engine's own
 context parallelism, which sends keys and values around a ring: it takes documents that are split in this way, but not
 the sequences of Mixture-of-Depths layers.
 

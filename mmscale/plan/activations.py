@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from enum import StrEnum
 
 from mmscale.config import Config
-from mmscale.config.derived import depth_tokens, expert_counts, shared_width
+from mmscale.config.derived import depth_tokens, expert_counts, sends_keys_around, shared_width
 from mmscale.plan.compute import dealt_slots, dealt_ungated_slots, fullest_slots
 from mmscale.plan.stages import dtype_bytes, rank_tokens
 
@@ -123,8 +123,11 @@ def _attention(config: Config, *, norm: int, kernels: Kernels, again: bool) -> f
     if again:
         elements += size * (query + (2 if cp > 1 else 1) * key)
     elif cp > 1:
-        # Gathered keys and values: of all tokens, repeated for every query head, or of this rank's pieces (ragged.py).
+        # Keys and values: of all tokens, repeated for every query head, or of this rank's pieces (ragged.py). In a ring
+        # those of this rank's tokens.
         gathered = cp + (0.5 if kernels is Kernels.TE else 0)
+        if sends_keys_around(config) and kernels is Kernels.TE:
+            gathered = 1
         elements += size * (query + 2 * gathered * (key + repeated)) + size * query + _FP32 * model.num_attention_heads
     else:
         values = 0 if viewed else key + repeated

@@ -19,6 +19,7 @@ from mmscale.config.derived import (
     expert_counts,
     micro_batches_per_step,
     overlap_data_parallel,
+    sends_keys_around,
 )
 from mmscale.plan.activations import recomputed_modules
 from mmscale.plan.compute import dealt_slots, dealt_ungated_slots, fullest_slots
@@ -178,7 +179,10 @@ def _layer(ledger: _Ledger, config: Config, *, depth: bool, times: int) -> None:
 
     keys = 2 * max(model.query_groups / tp, 1) * model.head_dim * size  # keys and values of this rank's heads
     attentions = times * 2 if "core_attn" in recomputed_modules(config) else forwards
-    split(batch * length * keys, attentions, times)
+    if sends_keys_around(config):
+        _ring(ledger, cp, part=inner * keys, forwards=attentions, backwards=times)
+    else:
+        split(batch * length * keys, attentions, times)
     hidden = inner * row
     # Attention: gather before QKV, scatter after the projection. Backward gathers the input again for the gradient of
     # the weights (tensor_parallel/layers.py); untied linears keep what they gathered (model/untied.py).
@@ -202,6 +206,15 @@ def _layer(ledger: _Ledger, config: Config, *, depth: bool, times: int) -> None:
         # Hidden states; the summed update, in the opposite direction.
         split(whole * row, forwards + times, forwards + times)
         gather(hidden, forwards + times)  # the layer's output; the gradient of the scattered selection
+
+
+def _ring(ledger: _Ledger, cp: int, *, part: float, forwards: int, backwards: int) -> None:
+    """Transformer-Engine's ring: forward passes on a rank's keys and values, backward also their gradients.
+
+    A step of backward sends both in one message, but the first sends no gradients, and the last nothing else.
+    """
+    ledger.add(MessageKind.CP, Operation.SEND, cp, payload=part, calls=(cp - 1) * forwards)
+    ledger.add(MessageKind.CP, Operation.SEND, cp, payload=part * 2 * (cp - 1) / cp, calls=cp * backwards)
 
 
 def _experts(ledger: _Ledger, config: Config, length: int, *, forwards: int, backwards: int) -> None:

@@ -9,7 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmscale.config import Config
-from mmscale.config.derived import data_parallel_size, expert_counts, experts_of_ranks, micro_batches_per_step
+from mmscale.config.derived import (
+    data_parallel_size,
+    expert_counts,
+    experts_of_ranks,
+    micro_batches_per_step,
+    sends_keys_around,
+)
 from mmscale.plan.activations import on_gpu
 from mmscale.plan.communication import communication, sent_by_kind
 from mmscale.plan.compute import Flops, flops_per_token
@@ -191,10 +197,11 @@ def _reasons(
 def _exchanges(config: Config, gpu: Gpu, time: StepTime) -> list[str]:
     """The messages among the ranks of a sequence, and among those that share the experts, in words."""
     parallel = config.parallel
+    how = "attention in a ring" if sends_keys_around(config) else "gathered"
     return [
         f"{what} {'inside' if parallel.tp * ranks <= gpu.per_node else 'across'} nodes {_share(seconds, time)}"
         for ranks, what, seconds in (
-            (parallel.cp, f"sequences split over {parallel.cp} ranks, gathered", time.cp),
+            (parallel.cp, f"sequences split over {parallel.cp} ranks, {how}", time.cp),
             (parallel.ep, f"{_experts_per_rank(config)} per rank, exchange", time.ep),
         )
         if ranks > 1

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mmscale.config import Config
-from mmscale.config.derived import dense_replicas, micro_batches_per_step
+from mmscale.config.derived import dense_replicas, micro_batches_per_step, sends_keys_around
 from mmscale.plan.activations import (
     Kernels,
     expert_choice,
@@ -225,7 +225,7 @@ def _temporary(config: Config) -> float:
 
 
 def _communication(config: Config) -> float:
-    """Bytes of gathered sequences, exchanged tokens and received hidden states."""
+    """Bytes of gathered or passed on parts of sequences, exchanged tokens and received hidden states."""
     model, parallel, size = config.model, config.parallel, dtype_bytes(config)
     hidden = rank_tokens(config) * model.hidden_size * size
     whole = hidden * parallel.cp
@@ -234,6 +234,10 @@ def _communication(config: Config) -> float:
         # Hidden states of the sequence as received and in order; the sum of the experts' outputs and the part that is
         # sent.
         found += 2 * whole + whole * (_FP32 + size) / size
+    if sends_keys_around(config):
+        # Keys and values of every rank and the output of every step, until forward of the layer ends.
+        width = (model.num_attention_heads + 2 * max(model.query_groups, parallel.tp)) * model.head_dim
+        found += rank_tokens(config) * parallel.cp * width * size / parallel.tp
     if parallel.ep > 1:
         sent = sum(dealt_slots(config, model.seq_length).values())
         found += whole * (sent + fullest_slots(config, model.seq_length))  # sent and received

@@ -43,7 +43,8 @@ class StepTime:
         elementwise: operations limited by memory bandwidth.
         recompute: repeated forward passes.
         tp: tensor and sequence parallelism.
-        cp: keys and values, logits and hidden states of the parts of a sequence.
+        cp: keys and values, logits and hidden states of the parts of a sequence; of a ring the part that attention
+            does not hide.
         ep: tokens to their experts and back.
         pp: sends between stages that do not overlap.
         bubble: waiting for other stages.
@@ -129,8 +130,16 @@ def _stage_time(config: Config, world: int, gpu: Gpu, *, stage: int, parameters:
     micro_batches = micro_batches_per_step(config, world)
     one = _compute(config, gpu, stage)
     sums: Counter[MessageKind] = Counter()
+    ring = 0.0
     for traffic in communication(config, world, stage=stage, parameters=parameters):
-        sums[traffic.kind] += _seconds(traffic, config, world, gpu)  # type: ignore[assignment]
+        seconds = _seconds(traffic, config, world, gpu)
+        if traffic.kind is MessageKind.CP and traffic.operation is Operation.SEND:
+            ring += seconds
+        else:
+            sums[traffic.kind] += seconds  # type: ignore[assignment]
+    # Every step of a ring but the last sends while it computes.
+    hidden = micro_batches * 3 * one.attention * (parallel.cp - 1) / parallel.cp
+    sums[MessageKind.CP] += max(0.0, ring - hidden)  # type: ignore[assignment]
     reduce, gather = sums[MessageKind.GRAD_REDUCE], sums[MessageKind.PARAM_GATHER]
     overlapped = overlap_data_parallel(config, nccl=True)
     # They can overlap only with the last backward and the first forward pass of a step.

@@ -21,6 +21,7 @@ LONG = (
     "checks_attention.py",
     "checks_benchmark.py",
     "checks_context.py",
+    "checks_ring.py",
     "checks_checkpoints.py",
     "checks_steps.py",
     "checks_layouts.py",

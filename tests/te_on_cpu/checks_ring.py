@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ from torch import Tensor
 from mmscale.bench.gpu_kernels import RECIPES
 from mmscale.config import Config
 from mmscale.data.stream.context_rows import zigzag
-from mmscale.errors import ConfigError
+from mmscale.errors import ConfigError, DataError
 from mmscale.model.attention import DocumentAttention
 from mmscale.model.attention_te import FusedDocumentAttention, RingDocumentAttention
 from mmscale.model.build import build_chunks, transformer_config
 from mmscale.model.context import ContextSplit
 from mmscale.model.ragged import begins_of, ends_of
+from mmscale.plan.communication import MessageKind, Operation, communication
 from mmscale.runtime import groups as process_groups
 from mmscale.runtime.rank_env import RankEnv
 from mmscale.train.proof.verify_layout import compare
@@ -146,6 +148,36 @@ def test_fp8_is_near_bf16(recipe: str) -> None:
     run_ranks(ranks_do, world_size=2, timeout_s=400)
 
 
+@pytest.mark.parametrize("size", [2, 4])
+def test_the_plan_counts_what_a_ring_sends(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if attention is recomputed, which sends keys and values again."""
+    ring: Any = importlib.import_module("transformer_engine.pytorch.attention.dot_product_attention.context_parallel")
+    communicate, sent = ring.flash_attn_p2p_communicate, []
+
+    def counted(rank: int, tensor: Tensor, *rest: Any) -> Any:
+        sent.append(tensor.numel() * tensor.element_size())
+        return communicate(rank, tensor, *rest)
+
+    monkeypatch.setattr(ring, "flash_attn_p2p_communicate", counted)
+
+    def ranks_do(ranks: RankEnv) -> None:
+        start(ranks)
+        for recompute in ("none", "selective"):
+            parallel = {"cp": size, "cp_attention": "ring", "recompute": recompute}
+            made = using(config("dense", dtype="bf16", data=PADDED, parallel=parallel), "te")
+            sent.clear()
+            trace(made, ranks, steps=1)
+            planned = [
+                entry
+                for entry in communication(made, size)
+                if (entry.kind, entry.operation) == (MessageKind.CP, Operation.SEND)
+            ]
+            assert len(sent) == sum(entry.calls for entry in planned)
+            assert sum(sent) == sum(entry.sent for entry in planned)
+
+    run_ranks(ranks_do, world_size=size)
+
+
 def test_layers_take_the_ring_or_say_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     def two(ranks: RankEnv) -> None:
         start(ranks)
@@ -188,7 +220,5 @@ def test_a_wrong_order_of_rows_is_seen() -> None:
 
 
 def test_documents_that_a_ring_cannot_cut_are_refused_by_the_loader() -> None:
-    from mmscale.errors import DataError
-
     with pytest.raises(DataError, match=r"no multiple of 2 \* 2"):
         zigzag(np.repeat(np.array([[0, 1]], np.int32), (6, 58), axis=1), size=2)

@@ -57,8 +57,9 @@ class _Buffer:
         self.shape, self.dtype = shape, dtype
 
 
-def _with_user_buffers(precision: dict[str, Any], key_value_heads: int | None) -> Config:
-    made = config("dense", dtype="bf16", parallel={"tp": 2, "overlap_tensor": True})
+def _with_user_buffers(precision: dict[str, Any], key_value_heads: int | None, cp: int) -> Config:
+    parallel = {"tp": 2, "cp": cp, "overlap_tensor": True}
+    made = config("dense", dtype="bf16", parallel=parallel, data={"document_multiple": 8})
     made = small(made, num_layers=2, num_query_groups=key_value_heads)
     return Config.model_validate(using(made, "te", **precision).model_dump())
 
@@ -72,24 +73,26 @@ _ASKS = {
 
 
 @pytest.mark.parametrize(
-    ("precision", "key_value_heads"),
+    ("precision", "key_value_heads", "cp"),
     [
-        ({"fp8": "off"}, None),
-        ({"fp8": "tensorwise"}, None),
-        ({"fp8": "delayed"}, None),
-        ({"fp8": "tensorwise", "fp8_skip_first": 1}, None),
-        ({"fp8": "tensorwise", "fp8_skip_last": 1}, None),
+        ({"fp8": "off"}, None, 1),
+        ({"fp8": "off"}, None, 2),
+        ({"fp8": "tensorwise"}, None, 1),
+        ({"fp8": "delayed"}, None, 1),
+        ({"fp8": "tensorwise", "fp8_skip_first": 1}, None, 1),
+        ({"fp8": "tensorwise", "fp8_skip_first": 1}, None, 2),
+        ({"fp8": "tensorwise", "fp8_skip_last": 1}, None, 1),
         # Both ranks share one head. megatron-core gathers the outputs of the product for it; the buffers hold the
         # residual stream, whatever the number of heads.
-        ({"fp8": "off"}, 1),
-        ({"fp8": "tensorwise", "fp8_skip_first": 1}, 1),
+        ({"fp8": "off"}, 1, 1),
+        ({"fp8": "tensorwise", "fp8_skip_first": 1}, 1, 1),
     ],
     ids=str,
 )
 def test_every_user_buffer_that_a_layer_asks_for_is_there(
-    precision: dict[str, Any], key_value_heads: int | None
+    precision: dict[str, Any], key_value_heads: int | None, cp: int
 ) -> None:
-    def two(ranks: RankEnv) -> None:
+    def ranks_do(ranks: RankEnv) -> None:
         compiled: Any = importlib.import_module("transformer_engine_torch")
         compiled.device_supports_multicast = lambda: True
         compiled.ubuf_built_with_mpi = lambda: False
@@ -99,7 +102,7 @@ def test_every_user_buffer_that_a_layer_asks_for_is_there(
         new_group = torch.distributed.new_group
         torch.distributed.new_group = lambda *a, backend=None, **k: new_group(*a, backend="gloo", **k)
         torch.distributed.is_backend_available = lambda backend: True
-        settings = _with_user_buffers(precision, key_value_heads)
+        settings = _with_user_buffers(precision, key_value_heads, cp)
         groups = assembly.start(settings, ranks)
         model = unwrapped(assembly.build(settings, groups).chunks[0])
         base: Any = importlib.import_module("transformer_engine.pytorch.module.base")
@@ -111,11 +114,11 @@ def test_every_user_buffer_that_a_layer_asks_for_is_there(
                 for end, names in _ASKS.items():
                     if any(getattr(module, name, False) for name in names):
                         buffer = base.get_ub(f"{module.ub_name}_{end}", quantised)
-                        assert buffer.shape == [2 * 64, 64]
+                        assert buffer.shape == [2 * 64 // cp, 64]  # the residual stream of a context-parallel rank
                         asked += 1
         assert asked >= 2 * 4
         heads = 4 + 2 * (key_value_heads or 4)
         assert model.decoder.layers[0].self_attention.linear_qkv.weight.shape == (heads * 16 // 2, 64)
         process_groups.finalize()
 
-    run_ranks(two, world_size=2)
+    run_ranks(ranks_do, world_size=2 * cp)

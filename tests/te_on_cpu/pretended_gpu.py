@@ -182,7 +182,7 @@ class _Distributed(types.ModuleType):
     isend, irecv = staticmethod(_isend), staticmethod(_irecv)
 
     @staticmethod
-    def P2POp(function: Any, tensor: Tensor, peer: int, group: Any) -> Any:  # noqa: N802  torch's name
+    def P2POp(function: Any, tensor: Tensor, peer: int, group: Any) -> Any:
         plain = {_isend: torch.distributed.isend, _irecv: torch.distributed.irecv}
         return torch.distributed.P2POp(plain[function], tensor, peer, group)
 

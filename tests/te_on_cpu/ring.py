@@ -6,6 +6,8 @@ early piece of the sequence, the other half a late one. Statistics are packed as
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,7 @@ def _rows(cu_seqlens: Tensor, half: int) -> Tensor:
     """Rows of the first (0) or second (1) half of every sequence, one sequence after another."""
     marks = cu_seqlens.tolist()
     found = []
-    for begin, end in zip(marks[:-1], marks[1:], strict=True):
+    for begin, end in itertools.pairwise(marks):
         assert (end - begin) % 2 == 0, "a sequence is no multiple of 2 * cp"
         middle = (begin + end) // 2
         found.append(torch.arange(middle, end) if half else torch.arange(begin, middle))
@@ -43,9 +45,7 @@ def thd_second_half_lse_correction(lse: Tensor, lse_per_step: Tensor, cu_seqlens
     lse[:, rows] = torch.logaddexp(lse[:, rows], lse_per_step)
 
 
-def thd_read_second_half_lse(
-    lse: Tensor, cu_seqlens: Tensor, lse_packed: bool, second_half_lse_seqlen: int
-) -> Tensor:
+def thd_read_second_half_lse(lse: Tensor, cu_seqlens: Tensor, lse_packed: bool, second_half_lse_seqlen: int) -> Tensor:
     assert lse_packed
     found = lse[:, _rows(cu_seqlens, 1)]
     assert found.shape[1] == second_half_lse_seqlen

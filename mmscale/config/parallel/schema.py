@@ -33,9 +33,9 @@ class ParallelConfig(Section):
         unit="ranks",
     )
     cp_attention: Literal["gather", "ring"] = setting(
-        "How attention sees the keys and values of other context-parallel ranks. gather: every rank gathers all of them, "
-        "layer by layer. ring: Transformer-Engine sends them from rank to rank while it computes, and a rank keeps only "
-        "its own; needs model.backend=te or auto, bf16 and no Mixture-of-Depths. Without effect for cp=1.",
+        "How attention gets the keys and values of other context-parallel ranks. gather: every rank gathers all of "
+        "them. ring: Transformer-Engine sends them from rank to rank while it computes, and a rank keeps only its own; "
+        "needs Transformer-Engine, bf16 and no Mixture-of-Depths. Without effect for cp=1.",
         "gather",
         source="mcore cp_comm_type",
     )

@@ -31,6 +31,7 @@ def config(**changes: Any) -> Config:
 
 
 DENSE = {"model__kind": "dense", "model__experts": {}}
+RING = {"parallel__cp": 2, "parallel__cp_attention": "ring", "data__document_multiple": 4}
 
 BROKEN = [
     # vocabulary
@@ -173,6 +174,14 @@ BROKEN = [
         {"parallel__cp": 2, "data__document_multiple": 4, "parallel__ep": 3},
         "parallel.cp = 2 with parallel.ep = 3: neither divides the other",
     ),
+    (
+        {**RING, "model__depth": {"multiple": 8}},
+        "parallel.cp_attention = ring with model.depth: the ring cuts every document into 2 * parallel.cp pieces",
+    ),
+    ({**RING, "model__backend": "torch"}, "ring with model.backend = torch: the ring is Transformer-Engine's"),
+    ({**RING, "precision__fp8": "blockwise", "precision__fp8_emulate": True}, "ring with precision.fp8_emulate"),
+    ({**RING, **DENSE, "model__untie": ["ffn"]}, "parallel.cp_attention = ring with model.untie"),
+    ({**RING, "precision__dtype": "fp32"}, "Transformer-Engine's attention takes bf16"),
     ({"data__document_multiple": 48}, "model.seq_length = 64 is not divisible by data.document_multiple = 48"),
     ({**DENSE, "parallel__ep": 2}, "parallel.ep = 2, but model.kind = dense has no experts to spread"),
     ({"parallel__vpp": 2}, "parallel.vpp = 2 with parallel.pp = 1: interleaving needs two stages"),

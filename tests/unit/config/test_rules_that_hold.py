@@ -8,7 +8,7 @@ import pytest
 
 from mmscale.config.rules import check
 from mmscale.errors import ConfigError
-from tests.unit.config.test_rules import DENSE, config
+from tests.unit.config.test_rules import DENSE, RING, config
 
 BROKEN_FOR_RANKS = [
     ({"parallel__tp": 2, "parallel__pp": 2}, 6, "parallel.tp * pp = 2 * 2 = 4 does not divide the 6 ranks"),
@@ -37,6 +37,9 @@ FINE = [
     {"model__kind": "moe", "model__experts": {"counts": {"mixed": 8}, "shared": 1}},
     {"model__norm": "post_per_expert", "model__experts__noise": "gumbel"},
     {"parallel__tp": 4, "parallel__ep": 4, "model__depth": {"multiple": 8}},
+    RING,
+    {"parallel__cp_attention": "ring", "model__depth": {"multiple": 8}},  # without effect for cp = 1
+    {"parallel__cp": 2, "data__document_multiple": 4, "parallel__tp": 2, "parallel__overlap_tensor": True},
     {"parallel__pp": 2, "parallel__vpp": 2},
     {"parallel__pp": 2, "parallel__vpp": 2, "parallel__overlap_p2p": False, "parallel__batch_p2p": False},
     {"parallel__pp": 4, "parallel__vpp": 2, "parallel__overlap_p2p": False},  # two neighbours: batching is right

@@ -140,6 +140,7 @@ NEEDS: tuple[Condition, ...] = (
         "parallel.recompute = selective",
         lambda config: config.parallel.recompute == "selective",
     ),
+    Condition("parallel", ("cp_attention",), "parallel.cp above 1", lambda config: config.parallel.cp > 1),
     Condition("parallel", ("overlap_p2p", "batch_p2p"), "parallel.pp above 1", lambda config: config.parallel.pp > 1),
     Condition("model.experts", _EXPERTS, f"model.kind = {_WITH_EXPERTS}", lambda config: config.model.has_experts),
     Condition(

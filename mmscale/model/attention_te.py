@@ -28,12 +28,14 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from mmscale.errors import DataError
 from mmscale.model.mixed_modal import MixedModalParams
 from mmscale.runtime import transformer_engine
 
 _PACKAGE = "transformer_engine.pytorch.attention.dot_product_attention"
 _DOCUMENTS_MASK, _PIECES = "padding_causal", "padding_causal_bottom_right"
 _RING = "p2p"  # Transformer-Engine's name
+_MOST_IN_A_RING = 12_287  # documents, whose ends its kernels keep in 48 KiB of shared memory (context_parallel.cu)
 _LENGTH, _DOCUMENTS = 4096, 64  # of a typical micro-batch; whether a kernel exists does not depend on them
 
 
@@ -214,10 +216,20 @@ class RingDocumentAttention(TEDotProductAttention):
         packed_seq_params: MixedModalParams | None = None,
         **_: Any,
     ) -> Tensor:
-        """Attend: query [N, B, H, D], key and value [N, B, G, D] -> [N, B, H * D]."""
+        """Attend: query [N, B, H, D], key and value [N, B, G, D] -> [N, B, H * D].
+
+        Raises:
+            DataError: the micro-batch has more documents than Transformer-Engine's kernels take.
+        """
         assert attention_mask is None and attention_bias is None, "documents come in packed_seq_params"
         assert packed_seq_params is not None and packed_seq_params.context is not None, "the batch was not split"
         ends, whole = packed_seq_params.document_ends(), packed_seq_params.document_ids.shape[0]
+        if len(ends) - 1 > _MOST_IN_A_RING:
+            raise DataError(
+                f"room for {len(ends) - 1:,} documents in a micro-batch: Transformer-Engine's ring takes at most "
+                f"{_MOST_IN_A_RING:,}",
+                remedy="use parallel.cp_attention=gather, or a smaller train.micro_batch_size",
+            )
         # Ends and lengths are those of whole documents; Transformer-Engine divides them by the number of ranks.
         sequences = _Documents(
             qkv_format="thd",

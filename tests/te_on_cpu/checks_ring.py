@@ -196,6 +196,22 @@ def test_layers_take_the_ring_or_say_why_not(monkeypatch: pytest.MonkeyPatch) ->
     run_ranks(two, world_size=2)
 
 
+def test_more_documents_than_kernels_take_are_refused() -> None:
+    def two(ranks: RankEnv) -> None:
+        start(ranks)
+        groups = process_groups.initialize_layout(cp=2)
+        ring = _attention(RingDocumentAttention, config("moma", dtype="bf16", parallel=RING, data=PADDED), groups)
+        documents = np.repeat(np.arange(12_288, dtype=np.int32), 4)[None]
+        order = torch.from_numpy(zigzag(documents, size=2)).t()
+        params = _params(order, ranks.rank, 2, torch.from_numpy(documents), bound=documents.shape[1] // 4)
+        nothing = torch.empty(0, 1, 4, 16)
+        with pytest.raises(DataError, match="room for 12,288 documents in a micro-batch") as caught:
+            ring(nothing, nothing, nothing, packed_seq_params=params)
+        assert "cp_attention=gather" in str(caught.value.remedy)
+
+    run_ranks(two, world_size=2)
+
+
 def test_a_wrong_order_of_rows_is_seen() -> None:
     """Negative control: the late piece before the early one."""
 

@@ -35,7 +35,7 @@ class ParallelConfig(Section):
     cp_attention: Literal["gather", "ring"] = setting(
         "How attention gets the keys and values of other context-parallel ranks. gather: every rank gathers all of "
         "them. ring: Transformer-Engine sends them from rank to rank while it computes, and a rank keeps only its own; "
-        "needs Transformer-Engine, bf16 and no Mixture-of-Depths. Without effect for cp=1.",
+        "needs Transformer-Engine, bf16 and no Mixture-of-Depths.",
         "gather",
         source="mcore cp_comm_type",
     )

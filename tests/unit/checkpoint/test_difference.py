@@ -13,7 +13,7 @@ from mmscale.checkpoint.difference import FLOOR, differences, largest
 from mmscale.checkpoint.tensors import TensorEntry
 
 MOMENT = "optimizer.state.exp_avg."
-WITHIN = 1e-3
+AGREEING = 1e-3
 
 
 class Held:
@@ -37,7 +37,7 @@ class Held:
 
 def _apart(one: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, float]:
     sources: list[Any] = [Held(**one), Held(**other)]
-    return {found.name: found.value for found in differences(*sources, within=WITHIN)}
+    return {found.name: found.value for found in differences(*sources, within=AGREEING)}
 
 
 def test_a_difference_is_relative_to_the_tensor() -> None:
@@ -48,7 +48,7 @@ def test_a_difference_is_relative_to_the_tensor() -> None:
     assert math.isclose(found[f"{MOMENT}b"], 1.0, rel_tol=1e-6)
     assert list(found) == [f"{MOMENT}b", "w", f"{MOMENT}a"]  # the worst first
     sources: list[Any] = [Held(**one), Held(**other)]
-    assert largest(differences(*sources, within=WITHIN)).is_gradient
+    assert largest(differences(*sources, within=AGREEING)).is_gradient
 
 
 def test_a_tensor_of_rounding_errors_is_measured_against_its_kind() -> None:

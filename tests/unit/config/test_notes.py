@@ -63,6 +63,7 @@ ROWS: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
         for key in ("steps", "micro_batch_size", "global_batch_size", "checkpoint_every")
     },
     "parallel.recompute_modules": (("mlp",), {}, {"parallel__recompute": "selective"}),
+    "parallel.cp_attention": ("ring", {}, {"parallel__cp": 2, "data__document_multiple": 4}),
     "parallel.overlap_p2p": (True, {}, {"parallel__pp": 2, "parallel__vpp": 2}),
     "parallel.batch_p2p": (True, {}, {"parallel__pp": 2}),
     "model.experts.capacity_factor": (0.5, DENSE, {}),

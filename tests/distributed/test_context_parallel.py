@@ -74,7 +74,7 @@ def _run(references: References, model: str, folder: Path, world_size: int, name
             assert_passes(judge(references, made, ranks, folder / name), f"{model} {name}")
         groups.finalize()
 
-    run_ranks(steps, world_size=world_size, timeout_s=300)
+    run_ranks(steps, world_size=world_size, timeout_s=300 + 100 * len(names))
 
 
 def _fitting(model: str, world_size: int) -> list[str]:

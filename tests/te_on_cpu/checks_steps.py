@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -48,6 +49,11 @@ def test_a_step_reads_once(recipe: str) -> None:
         assert reads.found["mmscale.train.optim.optimizer:measure", "cpu"] == 1
 
     run_ranks(one, world_size=1)
+
+
+def _over_gloo(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function with gloo instead of the backend that is asked for."""
+    return lambda *args, backend=None, **options: function(*args, backend="gloo", **options)
 
 
 class _Buffer:
@@ -99,8 +105,8 @@ def test_every_user_buffer_that_a_layer_asks_for_is_there(
         compiled.get_stream_priority_range = lambda: (0, -5)
         compiled.CommOverlapHelper = lambda *_: None
         compiled.CommOverlap = compiled.CommOverlapP2P = _Buffer
-        new_group = torch.distributed.new_group
-        torch.distributed.new_group = lambda *a, backend=None, **k: new_group(*a, backend="gloo", **k)
+        for name in ("new_group", "new_subgroups_by_enumeration"):  # one tensor-parallel group, or several
+            setattr(torch.distributed, name, _over_gloo(getattr(torch.distributed, name)))
         torch.distributed.is_backend_available = lambda backend: True
         settings = _with_user_buffers(precision, key_value_heads, cp)
         groups = assembly.start(settings, ranks)

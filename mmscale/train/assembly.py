@@ -5,7 +5,9 @@ run.py combines these parts with checkpoints and logs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import MegatronOptimizer
@@ -75,10 +77,20 @@ def start(config: Config, env: RankEnv) -> ProcessGroupCollection:
     return groups
 
 
-def build(config: Config, groups: ProcessGroupCollection) -> TrainingParts:
-    """The model with its initial weights, wrapped, its optimizer and the stepper."""
+def build(
+    config: Config, groups: ProcessGroupCollection, *, alter: Callable[[list[Any]], None] | None = None
+) -> TrainingParts:
+    """The model with its initial weights, wrapped, its optimizer and the stepper.
+
+    Args:
+        config: the run's configuration, with nominal shares as numbers.
+        groups: of the layout.
+        alter: changes the model chunks before they are wrapped (negative controls in tests).
+    """
     transformer = transformer_config(config)
     built = build_chunks(config, groups, transformer=transformer)
+    if alter is not None:
+        alter(built)
     freeze(config, built)
     chunks = wrap(config, transformer, built, groups)
     optimizer = make_optimizer(config, chunks, groups)

@@ -15,7 +15,7 @@ from mmscale.layers.frozen import is_frozen
 from mmscale.layers.matrices import is_hidden_matrix
 from mmscale.runtime import groups
 from mmscale.runtime.rank_env import RankEnv
-from tests.distributed.layouts import FREEZE, config, start
+from tests.distributed.layouts import FREEZE, config, start, trace
 from tests.distributed.test_muon_layouts import with_optim
 from tests.distributed.test_resume import leg, settings, tensors
 from tests.support import run_ranks
@@ -81,3 +81,19 @@ def test_another_choice_needs_a_checkpoint_of_weights() -> None:
             check_frozen(one, {"config": info, "contents": "training"}, where="here")
         assert "from-hf" in str(refused.value.remedy)
         check_frozen(one, {"config": info, "contents": "weights"}, where="here")
+
+
+def test_trials_of_a_layout_freeze_too(tmp_path: Path) -> None:
+    """`mmscale verify-layout` and the layout matrix train what the run would train."""
+    made = config(SHORT)
+
+    def ranks_do(ranks: RankEnv) -> None:
+        start(ranks)
+        trace(made, ranks, steps=1, saved=tmp_path)
+        saved = tensors(tmp_path, 1)
+        for tensor in model_tensors(made):
+            state = [key for key in saved if key.startswith(OPTIMIZER) and key.endswith(f".{tensor.name}")]
+            assert bool(state) == (tensor.is_parameter and not is_frozen(made, tensor)), tensor.name
+        groups.finalize()
+
+    run_ranks(ranks_do, world_size=1)

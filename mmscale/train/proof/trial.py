@@ -14,15 +14,12 @@ from mmscale.checkpoint.manager import CheckpointManager
 from mmscale.config import Config
 from mmscale.config.derived import global_micro_batches
 from mmscale.data.vocab import Vocabulary
-from mmscale.model.build import build_chunks, transformer_config
 from mmscale.model.choices import Choices
 from mmscale.runtime import groups as process_groups
-from mmscale.train.optim.optimizer import make_optimizer, wrap
+from mmscale.train.assembly import build
 from mmscale.train.proof.synthetic import SyntheticMixture
-from mmscale.train.state.train_state import TrainState
 from mmscale.train.steps.batch import part_of, to_device
-from mmscale.train.steps.step import Stepper, mean_losses, reduce_sums
-from mmscale.train.steps.step_observers import loss_weights_among, observers_of, routers_among
+from mmscale.train.steps.step import mean_losses, reduce_sums
 
 SAVED_STEP = 1  # after the first step, Adam's first moments are gradients times a constant
 
@@ -56,16 +53,8 @@ class Trial:
         assert isinstance(share, dict)
         self._mixture = SyntheticMixture(config, share=share, absent=absent)
         self._vocabulary = Vocabulary.from_config(config.vocab)
-        transformer = transformer_config(config)
-        chunks = build_chunks(config, groups, transformer=transformer)
-        if alter is not None:
-            alter(chunks)
-        wrapped = wrap(config, transformer, chunks, groups)
-        optimizer = make_optimizer(config, wrapped, groups)
-        observers = observers_of(config, transformer, wrapped, groups)
-        self._stepper = Stepper(config, wrapped, optimizer, groups, observers=observers)
-        routers, weights = routers_among(observers), loss_weights_among(observers)
-        self._state = TrainState(wrapped, optimizer, routers=routers, loss_weights=weights)
+        parts = build(config, groups, alter=alter)
+        self._stepper, self._state = parts.stepper, parts.state
 
     def train(self, steps: int, *, choices: Choices | None = None) -> Trace:
         """Take steps on the batches with the steps' numbers.

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import signal
-import threading
 from pathlib import Path
 
 import pytest
 
 from mmscale.errors import ConfigError
+from mmscale.resilience import inject
 from mmscale.resilience.inject import VARIABLE, Fault, Faults
+from tests.module_time import replace_time
 
 
 def faults(text: str, rank: int = 0) -> Faults:
@@ -43,19 +44,23 @@ def test_faults_belong_to_ranks_steps_and_places() -> None:
         assert raised.value.errno == errno.ENOSPC
 
 
-def test_a_rank_waits_while_a_file_exists(tmp_path: Path) -> None:
+def test_a_rank_waits_while_a_file_exists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     held = tmp_path / "held"
+    waits: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 3:
+            held.unlink()
+
+    replace_time(monkeypatch, inject, sleep=sleep)
     asked = faults(f"0:2:step:wait={held}")
     asked.at("step", 2)  # there is no file
     held.touch()
     asked.at("step", 3)
-    waiting = threading.Thread(target=asked.at, args=("step", 2), daemon=True)
-    waiting.start()
-    waiting.join(0.3)
-    assert waiting.is_alive()
-    held.unlink()
-    waiting.join(60)
-    assert not waiting.is_alive()
+    assert waits == []
+    asked.at("step", 2)
+    assert len(waits) == 3 and not held.exists()
 
 
 def test_a_signal_at_a_step_comes_once() -> None:

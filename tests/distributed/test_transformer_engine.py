@@ -53,8 +53,9 @@ def test_over_transformer_engines_python() -> None:
 
 
 @pytest.mark.long
-def test_more_over_transformer_engines_python() -> None:
-    run_checks(*LONG, timeout_s=900)
+@pytest.mark.parametrize("name", LONG)
+def test_more_over_transformer_engines_python(name: str) -> None:
+    run_checks(name, timeout_s=900)
 
 
 @pytest.mark.exhaustive

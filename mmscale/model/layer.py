@@ -66,13 +66,15 @@ class MixedModalLayer(TransformerLayer):
         The norm predicts divergence.
         """
         if params.stats is not None and self.layer_number == self.config.num_layers:
-            params.stats.add(self.layer_number, "output_norm", output.float().norm(dim=-1).mean())
+            norm = output.float().norm(dim=-1).mean()
+            params.stats.add(self.layer_number, "output_norm", norm, micro_batch=params.noise_key)
         if params.stats is not None and params.stats.modalities:
             local = output.shape[0]
             own = params.local(params.modality_ids)[self.tp_group.rank() * local :][:local]
             masks = torch.stack([own == modality for modality in range(params.stats.modalities)]).double()
             sums = (masks * output.detach().float().norm(dim=-1)).sum(dim=(1, 2))
-            params.stats.count(self.layer_number, "output_norm", torch.stack((sums, masks.sum(dim=(1, 2)))))
+            counted = torch.stack((sums, masks.sum(dim=(1, 2))))
+            params.stats.count(self.layer_number, "output_norm", counted, micro_batch=params.noise_key)
 
 
 @dataclass(frozen=True)
@@ -221,12 +223,13 @@ class DepthLayer(MixedModalLayer):
     def _report(self, params: MixedModalParams, inner: MixedModalParams) -> None:
         assert params.stats is not None
         for modality, name in enumerate(self.depth.modalities):
-            total = params.tokens_of((modality,)).sum().clamp(min=1)
-            share = inner.tokens_of((modality,)).sum() / total
-            params.stats.add(self.layer_number, f"depth/selected_fraction/{name}", share)
+            total = params.tokens_of((modality,)).sum()
+            share = inner.tokens_of((modality,)).sum() / total.clamp(min=1)
+            figure = f"depth/selected_fraction/{name}"
+            params.stats.add(self.layer_number, figure, share, weight=total, micro_batch=params.noise_key)
         if params.stats.modalities:
             counted = [
                 torch.stack([facts.tokens_of((m,)).sum() for m in range(params.stats.modalities)])
                 for facts in (inner, params)
             ]
-            params.stats.count(self.layer_number, "depth", torch.stack(counted))
+            params.stats.count(self.layer_number, "depth", torch.stack(counted), micro_batch=params.noise_key)

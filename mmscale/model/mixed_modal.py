@@ -10,7 +10,8 @@ Shapes: S tokens of a sequence, B sequences of the micro-batch, K tokens that a 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -34,7 +35,10 @@ if TYPE_CHECKING:
 
 
 class RoutingStats:
-    """Collects detached routing metrics of one forward pass by (layer, name); recompute overwrites equal values.
+    """Collects detached routing metrics of a step's micro-batches, by (layer, name).
+
+    What is reported again of the same micro-batch replaces the former: recompute repeats it, and a Mixture-of-Depths
+    layer reports the norms of all tokens after the layer inside it has reported those of its own.
 
     Args:
         modalities: number of modalities that the counts of every layer are split by; 0: no counts are collected.
@@ -42,23 +46,63 @@ class RoutingStats:
 
     def __init__(self, *, modalities: int = 0) -> None:
         self.modalities = modalities
-        self.values: dict[tuple[int, str], Tensor] = {}
-        self.counts: dict[tuple[int, str], Tensor] = {}
+        self._figures: dict[tuple[int, str], dict[int, Tensor]] = {}
+        self._counts: dict[tuple[int, str], dict[int, Tensor]] = {}
 
-    def add(self, layer: int, name: str, value: Tensor) -> None:
-        """Store a scalar tensor. Does not synchronise with the host."""
-        self.values[layer, name] = value.detach().float()
+    def add(self, layer: int, name: str, value: Tensor, *, micro_batch: int, weight: Tensor | None = None) -> None:
+        """Add a scalar tensor. Does not synchronise with the host.
 
-    def count(self, layer: int, name: str, value: Tensor) -> None:
-        """Store a tensor of sums, which may be added up over ranks that hold other tokens."""
-        self.counts[layer, name] = value.detach().double()
+        Args:
+            layer: number of the layer, from 1.
+            name: of the metric.
+            value: of this micro-batch.
+            micro_batch: its number, which is different for every micro-batch of the step.
+            weight: a scalar, such as the number of tokens that `value` is a mean of; 0 where there are none. None: 1.
+        """
+        value = value.detach().double()
+        weight = torch.ones_like(value) if weight is None else weight.detach().double()
+        self._figures.setdefault((layer, name), {})[micro_batch] = torch.stack((value * weight, weight))
 
-    def means(self) -> dict[str, Tensor]:
-        """Mean over layers of each metric."""
-        by_name: dict[str, list[Tensor]] = {}
-        for (_, name), value in self.values.items():
-            by_name.setdefault(name, []).append(value)
-        return {name: torch.stack(values).mean() for name, values in by_name.items()}
+    def count(self, layer: int, name: str, value: Tensor, *, micro_batch: int) -> None:
+        """Add a tensor of sums, which may be added up over ranks that hold other tokens. Arguments as for `add`."""
+        self._counts.setdefault((layer, name), {})[micro_batch] = value.detach().double()
+
+    @property
+    def counts(self) -> dict[tuple[int, str], Tensor]:
+        """Sums over micro-batches and tokens."""
+        return _summed(self._counts)
+
+    def read(self) -> dict[tuple[int, str], tuple[float, float]]:
+        """The sum of value times weight and that of weights, over micro-batches; waits for the device once.
+
+        Ranks with other tokens may add theirs. A metric with a weight of 0 was not measured.
+        """
+        if not self._figures:
+            return {}
+        pairs = torch.stack(list(_summed(self._figures).values())).tolist()
+        return {key: (weighted, weight) for key, (weighted, weight) in zip(self._figures, pairs, strict=True)}
+
+
+def _summed(values: Mapping[tuple[int, str], Mapping[int, Tensor]]) -> dict[tuple[int, str], Tensor]:
+    return {key: torch.stack(list(parts.values())).sum(dim=0) for key, parts in values.items()}
+
+
+def means_over_layers(ranks: Iterable[Mapping[tuple[int, str], tuple[float, float]]]) -> dict[str, float]:
+    """Mean over layers of each metric, by its name; a layer in which no rank has measured it does not count.
+
+    Args:
+        ranks: `RoutingStats.read` of each. Tensor-parallel ranks have the same tokens, which changes no mean.
+    """
+    sums: dict[tuple[int, str], tuple[float, float]] = {}
+    for figures in ranks:
+        for key, (weighted, weight) in figures.items():
+            before = sums.get(key, (0.0, 0.0))
+            sums[key] = before[0] + weighted, before[1] + weight
+    found: dict[str, list[float]] = {}
+    for (_, name), (weighted, weight) in sorted(sums.items()):
+        if weight > 0:
+            found.setdefault(name, []).append(weighted / weight)
+    return {name: math.fsum(values) / len(values) for name, values in found.items()}
 
 
 @dataclass

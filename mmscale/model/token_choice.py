@@ -142,10 +142,10 @@ class TokenChoice(Fp32Buffers):
             weights.append(gates(scores, taken, top_k))
             kept.append(self._limited(group, taken))
             if params.stats is not None:
-                dropped = 1.0 - kept[-1].sum() / taken.sum().clamp(min=1)
-                params.stats.add(
-                    layer, f"experts/{group.name}/dropped_fraction", torch.where(taken.any(), dropped, 0.0)
-                )
+                chosen = taken.sum()
+                dropped = 1.0 - kept[-1].sum() / chosen.clamp(min=1)
+                name = f"experts/{group.name}/dropped_fraction"
+                params.stats.add(layer, name, dropped, weight=chosen, micro_batch=params.noise_key)
         selections = []
         for (group, _), own, gate, slots in zip(logits, kept, weights, self._slots(kept), strict=True):
             selection = decided(own, gate, slots)

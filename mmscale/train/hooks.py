@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-import numpy as np
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from mmscale.config import Config
 from mmscale.data.stream.micro_batch import MicroBatch, slot_usage
 from mmscale.errors import TrainingError
+from mmscale.model.mixed_modal import means_over_layers
 from mmscale.resilience.anomaly import AnomalyKind
 from mmscale.resilience.divergence import Diverged, find_diverged
 from mmscale.runs.events import CUT_SHORT
@@ -83,14 +83,13 @@ class LogHook:
             self.progress.update(report.step, values)
 
     def _routing(self, report: StepReport) -> dict[str, float]:
-        """Routing metrics, averaged over layers and ranks: stages hold different layers, replicas different tokens."""
+        """Routing metrics of the step, averaged over layers; what no token of the step has is left out.
+
+        Stages hold different layers, replicas different tokens, and tensor-parallel ranks the same ones, which changes
+        no mean.
+        """
         assert report.stats is not None
-        mine = {name: float(value) for name, value in report.stats.means().items()}
-        found: dict[str, list[float]] = {}
-        for figures in gathered(mine):
-            for name, value in figures.items():
-                found.setdefault(name, []).append(value)
-        return {name: float(np.mean(values)) for name, values in sorted(found.items())}
+        return means_over_layers(gathered(report.stats.read()))
 
     def _slots(self, micro_batches: tuple[MicroBatch, ...]) -> dict[str, float]:
         """Tokens over the nominal capacity and slots left empty, as shares of this rank's tokens.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from mmscale.config import Config, ExpertsConfig
-from mmscale.model.mixed_modal import RoutingStats
+from mmscale.model.mixed_modal import RoutingStats, means_over_layers
 from mmscale.train.log.layers_log import fractions
 from tests.unit.model.comparison import (
     facts_of,
@@ -65,9 +65,12 @@ def test_routing_figures_are_counts(scope: str, image: float, build: Callable[..
     hidden = torch.randn(12, 2, 16, generator=torch.Generator().manual_seed(9))
     stats = RoutingStats()
     model.decoder.layers[0].mlp(hidden, padding_mask=params_of(batch, stats=stats))
-    assert {layer for layer, _ in stats.values} == {1}
-    got = {name: float(value) for name, value in stats.means().items()}
+    assert {layer for layer, _ in stats.read()} == {1}
+    got = means_over_layers([stats.read()])
     for group in ("text", "image"):
+        if group == "image" and not image:
+            assert not [name for name in got if group in name]
+            continue
         unrouted, variation, mass = expected_figures(config, model, hidden, batch, group)
         assert got[f"experts/{group}/unrouted_fraction"] == pytest.approx(unrouted, abs=1e-6)
         assert got[f"experts/{group}/tokens_per_expert_cv"] == pytest.approx(variation, abs=1e-6)
@@ -119,20 +122,51 @@ def test_output_norm_of_every_layer_by_modality(build: Callable[..., GPTModel]) 
             places = [(i, b) for b, f in enumerate(facts_of(batch)) for i, m in enumerate(f.modality) if m == index]
             mean = sum(float(output[i, b].norm()) for i, b in places) / len(places)
             assert got[str(layer)]["output_norm"][modality] == pytest.approx(mean, rel=1e-4)
+    means = means_over_layers([stats.read()])  # of the only layer with depth
     assert set(got["0"]["depth"]) == {"text", "image"} and "depth" not in got["1"]
     for modality, share in got["0"]["depth"].items():
-        assert share == pytest.approx(float(stats.values[1, f"depth/selected_fraction/{modality}"]), rel=1e-4)
+        assert share == pytest.approx(means[f"depth/selected_fraction/{modality}"], rel=1e-4)
 
 
 def test_figures_of_layers_are_averaged_and_detached(build: Callable[..., GPTModel]) -> None:
     stats = RoutingStats()
     run_model(build(tiny()), usual_batch(), stats=stats)
-    assert {layer for layer, _ in stats.values} == {1, 2}
-    assert not any(value.requires_grad for value in stats.values.values())
-    for name, mean in stats.means().items():
-        own = {layer: float(value) for (layer, key), value in stats.values.items() if key == name}
-        assert float(mean) == pytest.approx(sum(own.values()) / len(own))
+    assert {layer for layer, _ in stats.read()} == {1, 2}
+    assert not any(value.requires_grad for parts in stats._figures.values() for value in parts.values())
+    for name, mean in means_over_layers([stats.read()]).items():
+        own = {layer: value / weight for (layer, key), (value, weight) in stats.read().items() if key == name}
+        assert mean == pytest.approx(sum(own.values()) / len(own))
         assert list(own) == ([2] if name == "output_norm" else [1, 2])
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("again", [False, True], ids=["", "recomputed"])
+def test_figures_of_a_step_weigh_tokens(ranks: int, again: bool, build: Callable[..., GPTModel]) -> None:
+    """Micro-batches, on one rank or two, of which one has no image: it does not change the images' share."""
+    config = tiny(experts=moma_experts(share=UNEVEN, capacity_factor=0.4), depth=depth())
+    model = build(config)
+    parts = [[random_documents((12,), seed=3, image=image)] for image in (0.6, 0.0, 0.3)]
+
+    def figures(numbers: Iterable[int]) -> RoutingStats:
+        stats = RoutingStats(modalities=2)
+        for number in [n for n in numbers for _ in range(1 + again)]:
+            run_model(model, batch_of(parts[number], length=12), stats=stats, noise_key=number)
+        return stats
+
+    alone = {number: means_over_layers([figures([number]).read()]) for number in range(3)}
+    of_ranks = [figures(range(rank, 3, ranks)) for rank in range(ranks)]
+    got = means_over_layers([stats.read() for stats in of_ranks])
+    for name in ("experts/{}/unrouted_fraction", "depth/selected_fraction/{}"):
+        assert name.format("image") not in alone[1] and name.format("text") in alone[1]
+    tokens = {n: [facts.modality.count(1) for facts in facts_of(batch_of(parts[n], length=12))] for n in range(3)}
+    shares = [(alone[n]["depth/selected_fraction/image"], sum(tokens[n])) for n in (0, 2)]
+    expected = sum(share * number for share, number in shares) / sum(number for _, number in shares)
+    assert got["depth/selected_fraction/image"] == pytest.approx(expected)
+    assert got["output_norm"] == pytest.approx(sum(alone[n]["output_norm"] for n in range(3)) / 3)
+    counts = {key: sum(stats.counts[key] for stats in of_ranks) for key in of_ranks[0].counts}
+    whole = fractions({key: value.numpy() for key, value in counts.items()}, config.vocab.names)
+    missed = [layer["experts"]["image"]["image"]["unrouted"] for layer in whole.values()]
+    assert got["experts/image/unrouted_fraction"] == pytest.approx(sum(missed) / len(missed), rel=1e-4)
 
 
 def test_figures_change_no_result(build: Callable[..., GPTModel]) -> None:

@@ -15,7 +15,7 @@ from megatron.core.transformer.moe import moe_utils
 from torch import Tensor
 
 from mmscale.config import Config, ExpertsConfig, ModalityVocab
-from mmscale.model.mixed_modal import RoutingStats
+from mmscale.model.mixed_modal import RoutingStats, means_over_layers
 from mmscale.model.token_choice import SCORES, Loads, balance, best_experts, earliest, gates
 from mmscale.tables.routings import Routing
 from tests.unit.model.comparison import assert_agrees, gradients, params_of, run_model
@@ -255,7 +255,7 @@ def test_a_limit_holds_in_training_only_and_what_it_drops_is_counted(build: Call
     def run(config: Config, *, training: bool) -> tuple[Tensor, dict[str, float]]:
         stats = RoutingStats()
         logits = run_model(build(config).train(training), batch, stats=stats)
-        return logits.detach(), {name: float(value) for name, value in stats.means().items()}
+        return logits.detach(), means_over_layers([stats.read()])
 
     (whole, none), (same, still), (other, some) = (
         run(free, training=True),

@@ -97,7 +97,7 @@ def reads_of(settings: Config) -> dict[int, tuple[DeviceReads, DeviceReads]]:
         with DeviceReads() as after:
             for hook in hooks:
                 hook.on_step(state, report)
-        assert stats is None or settings.model.kind == "dense" or (stats.values and stats.counts)
+        assert stats is None or settings.model.kind == "dense" or (stats.read() and stats.counts)
         found[step] = reads, after
     assert times.figures()["rank_time_median_s"] > 0.0
     groups.destroy_layout()

@@ -31,6 +31,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "steps": ("steps", "benchmark"),
     "layouts": ("layouts",),
     "untied": ("untied",),
+    "ring": ("ring",),
 }
 _MEGATRON = "from importlib.metadata import version; print(version('megatron-core'))"
 

@@ -15,6 +15,7 @@ from launch import chain, owner, scheduler, submit
 from launch import record as records
 from launch.job_states import Phase
 from launch.job_table import JobTable
+from launch.start_again import start_again
 from mmscale.checkpoint.layout import Store
 from mmscale.errors import LaunchError, UsageError, shell_command
 from mmscale.resilience import lease, run_lock
@@ -105,7 +106,8 @@ def _stop_process(run: Path, held: lease.Lease, *, now: bool) -> dict[str, Any]:
     below = held.process.children() if now and held.by == "launch" else []
     if not held.process.send(signal.SIGKILL if now else signal.SIGUSR1):
         raise LaunchError(
-            f"{run} does not run: process {held.process.pid} is gone", remedy=shell_command("resume", run)
+            f"{run} does not run: process {held.process.pid} is gone",
+            remedy=start_again(run) if folder is None else shell_command("resume", run),
         )
     for process in below:
         process.send(signal.SIGKILL)
@@ -185,7 +187,7 @@ def _launch_folder(run: Path) -> Path:
         if (run / lease.LEASE).is_file():
             raise LaunchError(
                 f"{run} was started by `mmscale train`, and resume starts jobs of `mmscale launch`",
-                remedy=f"start the same `mmscale train` again: it continues from the newest checkpoint; or {launched}",
+                remedy=f"{start_again(run)}; or {launched}",
             )
         raise LaunchError(f"{run} was never launched", remedy=f"start it: {launched}")
     return folder

@@ -15,7 +15,7 @@ from typing import TypeVar
 from launch import budget as budgets
 from launch.policy import Budget, Ending, crashed
 from mmscale.checkpoint.layout import Store
-from mmscale.errors import SaveError
+from mmscale.errors import SaveError, shell_command
 from mmscale.runs.events import EventLog
 from mmscale.runtime.disk_writer import DiskWriter, replacing
 from mmscale.runtime.open_folder import OpenFolder
@@ -61,7 +61,7 @@ class Disk:
                 if self._give_up() or time.monotonic() > until:
                     raise SaveError(
                         f"{self.run} cannot be written: {reason}",
-                        remedy="make room or mount it again, then `mmscale resume`",
+                        remedy=f"make room or mount it again, then {shell_command('resume', self.run)}",
                     ) from None
                 if not said:
                     sys.stderr.write(f"{self.run} cannot be written: {reason}; tried again for {_PATIENCE_S:g} s\n")

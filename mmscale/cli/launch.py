@@ -136,7 +136,10 @@ def stop(
     now: Annotated[bool, typer.Option("--now", help="End the run immediately, without a save.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Ask a run to save a checkpoint and exit, with all jobs of its chain. Continue it with `mmscale resume`."""
+    """Ask a run to save a checkpoint and exit, with all jobs of its chain.
+
+    Continue a launched run with `mmscale resume`, another one with the same `mmscale train`.
+    """
     from launch import control
 
     result = control.stop(run, now=now)

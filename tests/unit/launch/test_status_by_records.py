@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -95,6 +97,53 @@ def test_resume_of_a_run_that_train_started_says_how_it_goes_on(tmp_path: Path) 
     (run / "lease.json").unlink()
     with pytest.raises(LaunchError, match="was never launched"):
         control.resume(run)
+
+
+def killed(run: Path, *, config: str = "", world_size: int = 1) -> Path:
+    """A run of `mmscale train` whose process was killed: its lease names a process that is gone."""
+    run.mkdir(parents=True)
+    holder = f"import os, pathlib; from mmscale.resilience.run_lock import RunLock\nlock = RunLock(pathlib.Path({str(run)!r}),"
+    holder += " by='train'); lock.__enter__(); lock.acquire('train-1', attempt=1); os._exit(0)"
+    subprocess.run([sys.executable, "-c", holder], check=True)
+    happened(run, ("start", {"step": 0, "world_size": world_size}))
+    if config:
+        (run / "config.yaml").write_text(config)
+    return run
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_remedy_of_a_killed_local_run_is_the_command_that_continues_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int
+) -> None:
+    """Not `mmscale resume`, which refuses the run; the command must name the same folder from here."""
+    monkeypatch.chdir(tmp_path)
+    run = killed(Path("runs/my orph"), config="run: {dir: runs, name: my orph}\n", world_size=ranks)
+    command = "`mmscale train 'runs/my orph/config.yaml'" + (" --nproc 2`" if ranks == 2 else "`")
+    for action, cause in ((control.stop, "is gone"), (control.resume, "was started by `mmscale train`")):
+        with pytest.raises(LaunchError, match=cause) as refused:
+            action(run)
+        assert command in refused.value.remedy and "mmscale resume" not in refused.value.remedy
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    with pytest.raises(LaunchError) as refused:
+        control.stop(Path("../runs/my orph"))
+    assert "in the folder where it was started" in refused.value.remedy and "config.yaml" not in refused.value.remedy
+
+
+def test_the_remedy_of_a_killed_stage_names_the_stage(tmp_path: Path) -> None:
+    stage = killed(tmp_path / "run" / "auxiliary")
+    (tmp_path / "run" / "config.yaml").touch()
+    with pytest.raises(LaunchError, match="is gone") as refused:
+        control.stop(stage)
+    assert "start the same `mmscale train` again, with --stage auxiliary" in refused.value.remedy
+
+
+def test_a_killed_launch_on_this_machine_is_resumed(tmp_path: Path) -> None:
+    run = killed(tmp_path / "run")
+    launched(run, records.JobKey(""))
+    with pytest.raises(LaunchError, match="is gone") as refused:
+        control.stop(run)
+    assert refused.value.remedy == f"`mmscale resume {run}`"
 
 
 def test_stages_of_a_stage_are_listed_after_it(tmp_path: Path) -> None:

@@ -74,8 +74,8 @@ def results(
         values = history.measured(key)[1]
         if np.isfinite(values).any():
             facts[name] = form.format(float(np.nanmedian(values)))
-    for name, share in _unrouted(history).items():
-        facts[f"tokens of {name} that no expert took"] = f"{share:.1%}"
+    for name, (share, step) in _unrouted(history).items():
+        facts[f"tokens of {name} that no expert took"] = f"{share:.1%}{_older(history, step)}"
     if timeline is not None and timeline.goodput is not None:
         facts["goodput"] = f"{timeline.goodput:.1%}"
     numbers = [int(event.get("attempt", 1)) for event in events if isinstance(event.get("attempt"), int)]
@@ -100,10 +100,26 @@ def _best(history: History, *, since: int) -> dict[str, str]:
     return found
 
 
-def _unrouted(history: History) -> dict[str, float]:
-    """The latest share of each group's tokens that no expert took."""
+def _unrouted(history: History) -> dict[str, tuple[float, int]]:
+    """The latest share of each group's tokens that no expert took, and its step: a batch may lack a group's tokens."""
     latest = {key: history.last(key) for key in history.columns}
-    return unrouted({key: value for key, value in latest.items() if value is not None and np.isfinite(value)})
+    known = {key: value for key, value in latest.items() if value is not None and np.isfinite(value)}
+    steps = unrouted({key: float(history.measured(key)[0][-1]) for key in known})
+    return {name: (share, int(steps[name])) for name, share in unrouted(known).items()}
+
+
+def _unrouted_notes(history: History) -> list[str]:
+    """A sentence about high shares for each step to which the latest ones belong."""
+    found: dict[int, dict[str, float]] = {}
+    for name, (share, step) in _unrouted(history).items():
+        found.setdefault(step, {})[name] = share
+    said = {step: unrouted_note(shares) for step, shares in sorted(found.items(), reverse=True)}
+    last = int(history.steps[-1]) if len(history) else 0
+    return [
+        f"at {'the last logged step' if step == last else f'step {step:,}'}, {high}"
+        for step, high in said.items()
+        if high
+    ]
 
 
 def losses(history: History) -> dict[str, dict[str, str]]:
@@ -116,7 +132,9 @@ def losses(history: History) -> dict[str, dict[str, str]]:
         if value is not None:
             kind = "training" if measured is None else _kind(history, key, measured)
             row = name.removeprefix("loss").strip("/")
-            found.setdefault(kind, {})[f"loss per {row} token" if row else "loss per token"] = f"{value:.4f}"
+            # A modality that the last batches lack has a training loss of an earlier step.
+            older = _at_step(history, key) if measured is None else ""
+            found.setdefault(kind, {})[f"loss per {row} token" if row else "loss per token"] = f"{value:.4f}{older}"
     return found
 
 
@@ -141,7 +159,11 @@ def step_reached(history: History, events: Sequence[Event]) -> int:
 
 def _at_step(history: History, key: str) -> str:
     """`, at step 360` if the latest value of a figure is older than the last step; else empty."""
-    step = int(history.measured(key)[0][-1])
+    return _older(history, int(history.measured(key)[0][-1]))
+
+
+def _older(history: History, step: int) -> str:
+    """`, at step 360` if that is not the last step; else empty."""
     return "" if step == int(history.steps[-1]) else f", at step {step:,}"
 
 
@@ -211,8 +233,7 @@ def notes(
             found.append(f"{name}: values that are not finite, marked at the top of their charts: {keys}.")
         if (stage := report_of(runs[name])) is not None and stage.note:
             found.append(f"{name}: {stage.note}; the stage's own report, of {folder_of(runs[name])}, shows them.")
-        if high := unrouted_note(_unrouted(history)):
-            found.append(f"{name}: at the last logged step, {high}.")
+        found += [f"{name}: {high}." for high in _unrouted_notes(history)]
         if len(history) and np.isnan(history.of("time")).all():
             found.append(f"{name}: lines without times; the wall clock is summed up from the times of steps.")
     return found + _vocabularies(histories, configurations)

@@ -175,12 +175,14 @@ def _speedups(
 def _notes(baseline: Model, models: Sequence[Model]) -> list[str]:
     first = baseline.runs[0]
     notes = []
+    whole = any(one.held_out.partial for model in (baseline, *models) for one in model.runs if one.held_out)
     for model in (baseline, *models):
         run = model.runs[0]
         if dropped := sum(one.dropped for one in model.runs):
             notes.append(f"{model.name}: {dropped} losses that are not finite are left out")
         if abs(apart := run.flops_per_token / first.flops_per_token - 1) > _FLOPS_APART:
             notes.append(f"{model.name}: {apart:+.1%} FLOPs per token, which the ratios of FLOPs account for")
+        notes += _of_part(model, whole=whole)
         notes += _of_stage(model)
         if missing := [view for view in VIEWS if view not in run.losses]:
             notes.append(f"{model.name}: not measured: {'; '.join(MEANING[view] for view in missing)}")
@@ -200,6 +202,12 @@ def _notes(baseline: Model, models: Sequence[Model]) -> list[str]:
     if any(len(model.runs) == 1 for model in (baseline, *models)):
         notes.append("one seed of a model: its ratios have no spread")
     return notes
+
+
+def _of_part(model: Model, *, whole: bool) -> list[str]:
+    """A note about the part of the held-out set that losses were measured on, if any compared run read a part."""
+    said = dict.fromkeys(run.held_out.noun for run in model.runs if run.held_out is not None and whole)
+    return [f"{model.name}: held-out losses are of {' and '.join(said)}"] if said else []
 
 
 def _of_stage(model: Model) -> list[str]:

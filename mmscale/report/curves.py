@@ -13,6 +13,7 @@ from mmscale.report.breaks import Cut, steps_of
 from mmscale.report.chart import Chart
 from mmscale.report.charts import charts_of
 from mmscale.report.downsample import POINTS, Curve, Downsampler
+from mmscale.report.held_out_parts import HeldOutParts, with_parts
 from mmscale.report.history import Floats, History
 
 _MANY_RUNS = 4  # with this number of runs or more, curves have half the points
@@ -38,6 +39,7 @@ def curves_of(
     *,
     cuts: Sequence[Sequence[Cut]] | None = None,
     guessing: Sequence[Mapping[str, Sequence[Guessing]]] = (),
+    parts: Sequence[HeldOutParts] = (),
 ) -> Curves:
     """The curves of all charts of some runs.
 
@@ -46,8 +48,9 @@ def curves_of(
         axes: of each run, in the same order.
         cuts: breaks of each run, in the same order; schedules are not interrupted.
         guessing: accuracies of guessing of each run, in the same order.
+        parts: of held-out sets that each run read, in the same order; empty: unknown.
     """
-    charts = charts_of(histories, guessing=guessing)
+    charts = with_parts(charts_of(histories, guessing=guessing), histories, parts)
     points = POINTS if len(axes) < _MANY_RUNS else POINTS // 2
     samplers = [Downsampler(own, points=points) for own in axes]
     runs = list(histories.values())

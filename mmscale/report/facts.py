@@ -18,6 +18,7 @@ from mmscale.config.document import read_file
 from mmscale.errors import ConfigError
 from mmscale.report.accuracy_charts import guessing_of
 from mmscale.report.charts import modalities_of
+from mmscale.report.held_out_parts import HeldOutParts
 from mmscale.report.history import History
 from mmscale.report.timeline import Event, Timeline
 from mmscale.runs.attempts import attempts_with_settings, settings_file
@@ -37,7 +38,13 @@ _DIFF_UP_TO = 20_000  # longest diff of uncommitted changes on a page [character
 
 
 def results(
-    history: History, *, timeline: Timeline | None = None, events: Sequence[Event] = (), since: int = 0
+    history: History,
+    *,
+    timeline: Timeline | None = None,
+    events: Sequence[Event] = (),
+    since: int = 0,
+    parts: HeldOutParts | None = None,
+    whole: bool = False,
 ) -> dict[str, str]:
     """Results of a run, as text by row name; values that were not measured are omitted.
 
@@ -46,8 +53,11 @@ def results(
         timeline: of the run.
         events: of events.jsonl.
         since: the step after which held-out losses are comparable with each other.
+        parts: of held-out sets that the run read; None: unknown.
+        whole: also name sets that were read completely, because another run read a part.
     """
     facts: dict[str, str] = {}
+    parts = parts or HeldOutParts()
     if len(history):
         facts["last step"] = _last_step(history, events)
     chances = {f"{ACCURACY}{name}": spans[-1].value for name, spans in guessing_of(events).items()}
@@ -57,8 +67,8 @@ def results(
             measured, shown = HeldOut.of(key), f"{value:.4f}"
             if measured and not measured.name and (chance := chances.get(measured.figure)) is not None:
                 shown = f"{value:.1%}, guessing {chance:.1%}"
-            facts[_name(key)] = f"{shown}{_at_step(history, key)}"
-    facts |= _best(history, since=since)
+            facts[_name(key)] = f"{shown}{_at_step(history, key)}{parts.words(history, key, whole=whole)}"
+    facts |= _best(history, since=since, parts=parts, whole=whole)
     for key, name, form in (
         ("tokens", "tokens", "{:,.0f}"),
         ("flops", "model FLOPs", "{:.3e}"),
@@ -85,7 +95,7 @@ def results(
     return facts | {EVENT_WORDS.get(name, in_words(name)): f"{number:,}" for name, number in sorted(unusual.items())}
 
 
-def _best(history: History, *, since: int) -> dict[str, str]:
+def _best(history: History, *, since: int, parts: HeldOutParts, whole: bool) -> dict[str, str]:
     """The lowest held-out losses over all modalities, and the steps of their measurement."""
     found = {}
     for key in history.columns:
@@ -96,7 +106,9 @@ def _best(history: History, *, since: int) -> dict[str, str]:
         steps, values = steps[steps > since], values[steps > since]
         if len(values) > 1 and np.isfinite(values).any():
             place = int(np.nanargmin(values))
-            found[f"best loss, {measured.where}"] = f"{values[place]:.4f} at step {int(steps[place]):,}"
+            row = int(np.searchsorted(history.steps, steps[place]))
+            part = parts.words(history, key, row=row, whole=whole)
+            found[f"best loss, {measured.where}"] = f"{values[place]:.4f} at step {int(steps[place]):,}{part}"
     return found
 
 
@@ -122,15 +134,21 @@ def _unrouted_notes(history: History) -> list[str]:
     ]
 
 
-def losses(history: History) -> dict[str, dict[str, str]]:
-    """The latest losses: by kind of measurement (training, held out under each routing), then by modality."""
+def losses(history: History, *, parts: HeldOutParts | None = None) -> dict[str, dict[str, str]]:
+    """The latest losses: by kind of measurement (training, held out under each routing), then by modality.
+
+    Args:
+        history: metrics of the run.
+        parts: of held-out sets that it read; None: unknown.
+    """
+    parts = parts or HeldOutParts()
     found: dict[str, dict[str, str]] = {}
     for key in history.columns:
         measured = HeldOut.of(key)
         name = key if measured is None else measured.figure
         value = history.last(key) if name.split("/")[0] == "loss" else None
         if value is not None:
-            kind = "training" if measured is None else _kind(history, key, measured)
+            kind = "training" if measured is None else _kind(history, key, measured, parts)
             row = name.removeprefix("loss").strip("/")
             # A modality that the last batches lack has a training loss of an earlier step.
             older = _at_step(history, key) if measured is None else ""
@@ -138,10 +156,11 @@ def losses(history: History) -> dict[str, dict[str, str]]:
     return found
 
 
-def _kind(history: History, key: str, measured: HeldOut) -> str:
-    """The data and the routing of a held-out value, with the step if it belongs to an older checkpoint."""
+def _kind(history: History, key: str, measured: HeldOut, parts: HeldOutParts) -> str:
+    """The data and the routing of a held-out value, its step if that is an older one, and the part of the set."""
     step = int(history.measured(key)[0][-1])
-    return measured.where if step == int(history.steps[-1]) else f"{measured.where}, step {step:,}"
+    older = "" if step == int(history.steps[-1]) else f", step {step:,}"
+    return f"{measured.where}{older}{parts.words(history, key)}"
 
 
 def _last_step(history: History, events: Sequence[Event]) -> str:

@@ -29,6 +29,7 @@ from mmscale.report.figure_style import (
     save_figure,
     whole_steps,
 )
+from mmscale.report.held_out_parts import HeldOutParts
 from mmscale.report.history import History, read
 from mmscale.runs.events import read_events
 from mmscale.runs.held_out import EVAL
@@ -59,7 +60,7 @@ def loss_curves(runs: Sequence[Path], out: Path) -> None:
         UsageError: A run has no metrics.
     """
     found = {
-        name: _Run(_history(run), cuts_of(run, read_events(run)))
+        name: _Run(_history(run), cuts_of(run, events := read_events(run)), HeldOutParts.of_run(run, events))
         for name, run in zip(run_names(runs), runs, strict=True)
     }
     figure = new_figure(width=10.0, height=7.2)
@@ -112,6 +113,7 @@ def run_names(runs: Sequence[Path]) -> list[str]:
 class _Run:
     history: History
     cuts: list[Cut]
+    parts: HeldOutParts
 
 
 def _history(run: Path) -> History:
@@ -125,6 +127,7 @@ def _history(run: Path) -> History:
 
 def _draw_losses(axes: Axes, runs: Mapping[str, _Run]) -> None:
     modalities = [f"{_LOSS}{name}" for name in modalities_of([run.history for run in runs.values()])]
+    whole = len(runs) > 1 and any(run.parts.partial(run.history) for run in runs.values())
     for number, (name_of_run, run) in enumerate(runs.items()):
         prefix = f"{name_of_run}: " if len(runs) > 1 else ""
         for place, key in enumerate(modalities or ["loss"]):
@@ -139,7 +142,7 @@ def _draw_losses(axes: Axes, runs: Mapping[str, _Run]) -> None:
                     held.mean,
                     linestyle="none",
                     color=colour,
-                    label=f"{prefix}{name}, {HELD_OUT}",
+                    label=f"{prefix}{name}, {HELD_OUT}{run.parts.words(run.history, f'{EVAL}{key}', whole=whole)}",
                     zorder=3,
                     marker=MARKS[number % len(MARKS)],
                     markersize=6.5,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import string
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from html import escape
 from importlib import resources
 from pathlib import Path
@@ -26,6 +26,7 @@ from mmscale.report.charts import modalities_of
 from mmscale.report.curves import Curves, curves_of
 from mmscale.report.downsample import Curve
 from mmscale.report.figures import run_names
+from mmscale.report.held_out_parts import HeldOutParts
 from mmscale.report.history import Floats, History, read
 from mmscale.report.layers import BYTES, layers_of
 from mmscale.report.timeline import Goodput, Timeline, timeline_of
@@ -54,6 +55,7 @@ class Run:
         timeline: its attempts, saves and faults.
         layers: records of layers.jsonl.
         cuts: where its curves are broken.
+        parts: of held-out sets that its attempts read.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Run:
     timeline: Timeline
     layers: list[dict[str, Any]]
     cuts: list[Cut]
+    parts: HeldOutParts = field(default_factory=HeldOutParts)
 
 
 def read_runs(runs: Sequence[Path], *, goodput: Goodput) -> list[Run]:
@@ -94,6 +97,7 @@ def read_runs(runs: Sequence[Path], *, goodput: Goodput) -> list[Run]:
                 timeline_of(events, history, begin=begin, goodput=goodput),
                 layers_of(path, limit=BYTES // len(runs)),
                 cuts_of(path, events),
+                HeldOutParts.of_run(path, events),
             )
         )
     return found
@@ -106,6 +110,7 @@ def curves(runs: Sequence[Run]) -> Curves:
         [run.axes for run in runs],
         cuts=[run.cuts for run in runs],
         guessing=[guessing_of(run.events) for run in runs],
+        parts=[run.parts for run in runs],
     )
 
 
@@ -247,15 +252,25 @@ def _notes(runs: Sequence[Run]) -> str:
 
 
 def _overview(runs: Sequence[Run]) -> list[str]:
+    whole = len(runs) > 1 and any(run.parts.partial(run.history) for run in runs)
     found = {
-        run.name: facts.results(run.history, timeline=run.timeline, events=run.events, since=_comparable_since(run))
+        run.name: facts.results(
+            run.history,
+            timeline=run.timeline,
+            events=run.events,
+            since=_comparable_since(run),
+            parts=run.parts,
+            whole=whole,
+        )
         for run in runs
     }
     if len(runs) > 1:
         return [_section("Results", _table(found))]
     (run,), (values,) = runs, found.values()
     cards = "".join(_card(name, value) for name, value in values.items() if not name.startswith("loss"))
-    return [_section("Results", f'<div class="cards">{cards}</div>{_table(facts.losses(run.history))}')]
+    return [
+        _section("Results", f'<div class="cards">{cards}</div>{_table(facts.losses(run.history, parts=run.parts))}')
+    ]
 
 
 def _card(name: str, value: str) -> str:

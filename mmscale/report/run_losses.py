@@ -23,8 +23,11 @@ from mmscale.data.prepared.manifest import read_manifest
 from mmscale.errors import ConfigError, DataError, UsageError
 from mmscale.plan.compute import flops_per_token
 from mmscale.report.equal_loss import SMOOTH_BINS, Falling
+from mmscale.report.held_out_parts import HeldOutParts
 from mmscale.report.history import History, read
 from mmscale.runs.attempts import settings_file
+from mmscale.runs.events import read_events
+from mmscale.runs.extents import Extent
 from mmscale.runs.held_out import EVAL
 from mmscale.runs.metrics import METRICS
 from mmscale.tables.routings import CAUSAL_ROUTINGS
@@ -74,6 +77,7 @@ class ComparedRun:
         dropped: number of losses that were not finite and are ignored.
         steps: last logged step.
         tokens: of each modality up to that step, without padding; empty if they were not logged.
+        held_out: the part of the held-out split that its last held-out loss was measured on; None: unknown.
     """
 
     folder: Path
@@ -82,6 +86,7 @@ class ComparedRun:
     dropped: int
     steps: int
     tokens: dict[str, float]
+    held_out: Extent | None = None
 
     @property
     def flops_per_token(self) -> float:
@@ -172,7 +177,8 @@ def read_run(folder: Path, *, history: History | None = None) -> ComparedRun:
             losses.setdefault(view, {})[part] = points
     counts = [(name, history.last(f"tokens/{name}")) for name in config.vocab.names]
     tokens = {name: count for name, count in counts if count is not None and np.isfinite(count)}
-    return ComparedRun(folder, config, losses, dropped, int(history.steps[-1]), tokens)
+    part = HeldOutParts.of_run(folder, read_events(folder)).of(history, f"{EVAL}{_LOSS}")
+    return ComparedRun(folder, config, losses, dropped, int(history.steps[-1]), tokens, part)
 
 
 def _configurations(folder: Path, history: History) -> dict[int | None, Config]:

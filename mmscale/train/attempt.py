@@ -25,6 +25,7 @@ from mmscale.resilience.signals import StopRequest
 from mmscale.resilience.watchdog import Watchdog
 from mmscale.runs.attempts import next_attempt
 from mmscale.runs.events import BEGINS, EARLY
+from mmscale.runs.extents import as_field
 from mmscale.runtime import device
 from mmscale.runtime.activity import ActivityReporter
 from mmscale.runtime.groups import from_first
@@ -199,7 +200,7 @@ class Attempt:
             world_size=self.env.world_size,
             attempt_id=self.fence.lease_id,
             sources=planned_sources(config, self.train_data, step=state.step, sequences=state.sequences),
-            **(changes | self.evaluated_on.start_fields | stage.origin()),
+            **(changes | self.evaluated_on.start_fields | as_field(self.tools.extents) | stage.origin()),
         )
         if config.train.dry_run:
             self.starting.update("computing a batch to find errors early (train.dry_run)")

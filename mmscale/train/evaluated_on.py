@@ -26,8 +26,9 @@ class EvaluatedOn:
     Attributes:
         lines: one for each, and notes on the data, printed at the start of the run.
         kept: `validation` and `tasks` in a checkpoint's metadata: names, and hashes of their content.
-        start_fields: of the event of the start: `guessing`, the accuracy of guessing for each task with choices, and
-            `leaks`, what held-out documents share with training documents.
+        start_fields: of the event of the start: `questions`, the number and the place of each task's questions;
+            `guessing`, the accuracy of guessing for each task with choices; and `leaks`, what held-out documents share
+            with training documents.
     """
 
     lines: list[str] = field(default_factory=list)
@@ -45,15 +46,18 @@ class EvaluatedOn:
         """
         sets = read_validation(config, blend)
         lines = [one.describe() for one in sets]
+        asked: dict[str, dict[str, Any]] = {}
         for name, place in named_tasks(config, blend).items():
             others = having(name, blend)[1:] if place in blend else having(name, blend)
+            asked[name] = {"number": len(tasks[name]), "place": str(place)}
             lines.append(describe(name, tasks[name], place=place, others=others))
         chances = {name: chance for name, items in tasks.items() if (chance := chance_of(items)) is not None}
         trained = {Path(one.path): blend[Path(one.path)] for one in config.data.sources if one.trained}
         leaks = leaks_of(trained, dict(blend) | {one.folder: one.manifest for one in sets})
         lines += [f"note: {line}" for line in (*leaks, *other_settings(config))]
         kept = {"validation": identities_of(sets), "tasks": identities_of_tasks(tasks)}
-        fields: dict[str, Any] = {"guessing": chances} if chances else {}
+        fields: dict[str, Any] = {"questions": asked} if asked else {}
+        fields |= {"guessing": chances} if chances else {}
         return cls(lines, kept, fields | ({FIELD: leaks} if leaks else {}))
 
     def changed(self, info: Mapping[str, Any]) -> list[str]:

@@ -13,6 +13,7 @@ from mmscale.data.stream.mixture import Mixture
 from mmscale.data.stream.passes import SOURCES
 from mmscale.model.auxiliary import RouterLearning
 from mmscale.resilience.signals import StopRequest
+from mmscale.runs.extents import Extent
 from mmscale.runs.held_out import ACCURACY
 from mmscale.runtime import device
 from mmscale.tables.routings import Routing
@@ -89,10 +90,10 @@ class HeldOutEvaluation:
         self.on_evaluation(self.state.step, routing, found)
         return found
 
-    def extents(self) -> dict[str, str]:
-        """Which part of each set is read, in words; sets that are read completely are left out."""
+    def extents(self) -> dict[str, Extent]:
+        """How much of each set is read, by its name."""
         batches = self.config.train.eval_batches
-        return {name: str(extent_of(self.config, data, batches=batches)) for name, data in self.passes.items()}
+        return {name: extent_of(self.config, data, batches=batches) for name, data in self.passes.items()}
 
     def _in_order_of_run(self) -> None:
         """Read large sets in the order with which the run began, like its training data."""

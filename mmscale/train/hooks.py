@@ -14,6 +14,7 @@ from mmscale.model.mixed_modal import means_over_layers
 from mmscale.resilience.anomaly import AnomalyKind
 from mmscale.resilience.divergence import Diverged, find_diverged
 from mmscale.runs.events import CUT_SHORT
+from mmscale.runs.extents import Extent
 from mmscale.runs.held_out import HeldOut, words_of
 from mmscale.runtime.groups import from_first, gathered
 from mmscale.tables.routings import Routing, measured_routings
@@ -187,7 +188,7 @@ class EvalHook:
         metrics: metrics.jsonl; None on ranks other than 0.
         on_event: writes events, on rank 0.
         on_values: called with the step and all values by their keys, which are the same on every rank.
-        extents: which part of a set is read, by the set's name; contains only sets that are not read completely.
+        extents: how much of a set is read, by the set's name.
     """
 
     def __init__(
@@ -200,7 +201,7 @@ class EvalHook:
         metrics: MetricsLog | None,
         on_event: Callable[..., None],
         on_values: Callable[[int, Mapping[str, float]], None],
-        extents: Mapping[str, str],
+        extents: Mapping[str, Extent],
     ) -> None:
         self.config = config
         self.on_values = on_values
@@ -241,7 +242,7 @@ class EvalHook:
                 everything |= keyed
                 if self.metrics is not None:
                     self.metrics.write(step, keyed)
-                line = held_out_line(name, routing, values, extent=self.extents.get(name, ""))
+                line = held_out_line(name, routing, values, extent=str(self.extents.get(name, "")))
                 self.progress.say(f"step {step}: {line}")
         self.on_values(step, from_first(everything))
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from mmscale.data.stream.mixture import Mixture
 from mmscale.plan import plan
 from mmscale.resilience.inject import Faults
+from mmscale.runs.extents import Extent
 from mmscale.train.evaluated_on import EvaluatedOn
 from mmscale.train.log.exposure import exposure
 from mmscale.train.stages.built import BuiltStage, StageInputs
@@ -23,7 +24,7 @@ def opening_lines(
     begins_at: int,
     train_data: Mixture,
     evaluated_on: EvaluatedOn,
-    extents: Mapping[str, str],
+    extents: Mapping[str, Extent],
     faults: Faults,
     changed: Sequence[str],
 ) -> Iterator[str]:
@@ -36,7 +37,7 @@ def opening_lines(
         begins_at: sequences consumed before the stage's first step.
         train_data: the training data, from the stage's position on.
         evaluated_on: validation sets and tasks.
-        extents: which part of a held-out set is read, by its name.
+        extents: how much of a held-out set is read, by its name.
         faults: faults that a test injects.
         changed: one line for each change since the checkpoint.
     """

@@ -184,7 +184,7 @@ class AuxiliaryStage:
             rows = table(figures(learning, self.given.groups))
         for name, by_routing in found.items():
             for routing_name, values in by_routing.items():
-                tools.progress.say(held_out_line(name, routing_name, values, extent=tools.extents.get(name, "")))
+                tools.progress.say(held_out_line(name, routing_name, values, extent=str(tools.extents.get(name, ""))))
         file = self.given.folder / REPORT
         if self.given.env.is_first:
             report = {

@@ -12,6 +12,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from mmscale.config import Config
 from mmscale.data.stream.loader import BatchLoader
 from mmscale.model.auxiliary import RouterLearning
+from mmscale.runs.extents import Extent
 from mmscale.runtime.rank_env import RankEnv
 from mmscale.tables.routings import Routing
 from mmscale.train.log.progress_lines import Progress
@@ -68,7 +69,7 @@ class StageServices:
         logs: metrics.jsonl and events.jsonl.
         evaluate: measures held-out data; None: there is none.
         beat: must be called between parts of long work, so that the watchdog does not take it for a hang.
-        extents: which part of a set is evaluated, by the set's name; contains only sets that are not read completely.
+        extents: how much of a set is evaluated, by the set's name.
         on_values: called with the step of an evaluation and its values by their keys, the same on every rank.
     """
 
@@ -77,7 +78,7 @@ class StageServices:
     logs: RunLogs
     evaluate: Evaluate | None
     beat: Callable[[], None]
-    extents: Mapping[str, str]
+    extents: Mapping[str, Extent]
     on_values: Callable[[int, Mapping[str, float]], None]
 
 

@@ -7,7 +7,7 @@ use information about the future. Causal routing needs auxiliary routers, or thr
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from mmscale.data.stream.micro_batch import MicroBatch
 from mmscale.data.stream.mixture import Mixture
 from mmscale.data.vocab import Vocabulary
 from mmscale.model.auxiliary import RouterLearning
+from mmscale.runs.extents import Extent
 from mmscale.runtime import device
 from mmscale.tables.routings import Routing
 from mmscale.train.steps.batch import part_of, to_device, with_conditions
@@ -29,23 +30,6 @@ from mmscale.wording import numbered
 
 class CutShortError(Exception):
     """A stop was requested during an evaluation; raised on every rank."""
-
-
-@dataclass(frozen=True)
-class Extent:
-    """How much of a set an evaluation reads.
-
-    Attributes:
-        batches: number of global batches that are read, from the beginning of the pass.
-        available: number of global batches in the whole set.
-    """
-
-    batches: int
-    available: int
-
-    def __str__(self) -> str:
-        """In words, if the set is read only partly; otherwise empty."""
-        return f"first {self.batches} of {self.available} batches" if self.batches < self.available else ""
 
 
 def extent_of(config: Config, mixture: Mixture, *, batches: int | None) -> Extent:
@@ -60,14 +44,14 @@ def extent_of(config: Config, mixture: Mixture, *, batches: int | None) -> Exten
     return Extent(available if batches is None else min(available, batches), available)
 
 
-def partly_read(extents: Mapping[str, str], *, batches: int) -> list[str]:
+def partly_read(extents: Mapping[str, Extent], *, batches: int) -> list[str]:
     """A note for users who compare held-out losses of training with those of `mmscale eval`; empty if all is read.
 
     Args:
-        extents: which part of a set is read, by its name.
+        extents: how much of a set is read, by its name.
         batches: `train.eval_batches`.
     """
-    if not any(extents.values()):
+    if not any(extent.partial for extent in extents.values()):
         return []
     return [
         f"evaluations read the first {numbered(batches, 'batch', 'batches')} of a set (train.eval_batches); `mmscale "

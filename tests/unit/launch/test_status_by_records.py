@@ -102,8 +102,9 @@ def test_resume_of_a_run_that_train_started_says_how_it_goes_on(tmp_path: Path) 
 def killed(run: Path, *, config: str = "", world_size: int = 1) -> Path:
     """A run of `mmscale train` whose process was killed: its lease names a process that is gone."""
     run.mkdir(parents=True)
-    holder = f"import os, pathlib; from mmscale.resilience.run_lock import RunLock\nlock = RunLock(pathlib.Path({str(run)!r}),"
-    holder += " by='train'); lock.__enter__(); lock.acquire('train-1', attempt=1); os._exit(0)"
+    holder = "import os, pathlib; from mmscale.resilience.run_lock import RunLock\n"
+    holder += f"lock = RunLock(pathlib.Path({str(run)!r}), by='train')\n"
+    holder += "lock.acquire('train-1', attempt=1); os._exit(0)"
     subprocess.run([sys.executable, "-c", holder], check=True)
     happened(run, ("start", {"step": 0, "world_size": world_size}))
     if config:

@@ -21,6 +21,10 @@ def test_the_start_event_has_the_accuracy_of_guessing_of_tasks_with_choices(tmp_
     )
     choices = [TaskItem((1, 2, 3), (2, 3), tuple((n,) for n in range(3, 3 + number))) for number in (2, 4)]
     found = EvaluatedOn.of(config, {}, {"which": choices, "spelled": [TaskItem((1, 2, 3), (2, 3), ())]})
-    assert found.start_fields == {"guessing": {"which": 0.375}}  # half, and a quarter
+    places = [str(tmp_path / f"{name}.jsonl") for name in names]
+    asked = {"which": {"number": 2, "place": places[0]}, "spelled": {"number": 1, "place": places[1]}}
+    assert found.start_fields == {"guessing": {"which": 0.375}, "questions": asked}  # half, and a quarter
     spelled = Config.model_validate(config.model_dump() | {"train": {"tasks": tasks[1:]}})
-    assert EvaluatedOn.of(spelled, {}, {"spelled": [TaskItem((1, 2, 3), (2, 3), ())]}).start_fields == {}
+    assert EvaluatedOn.of(spelled, {}, {"spelled": [TaskItem((1, 2, 3), (2, 3), ())]}).start_fields == {
+        "questions": {"spelled": asked["spelled"]}
+    }

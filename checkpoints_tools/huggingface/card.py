@@ -6,12 +6,13 @@ Text only; every number comes from the run's own logs and the gate's report.
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 
+from checkpoints_tools.huggingface.card_results import measured
+from checkpoints_tools.huggingface.data_sources import blend_sources
 from checkpoints_tools.huggingface.example_prompt import example_prompt
 from checkpoints_tools.huggingface.shipped.versions_moma import NEWEST, OLDEST
 from checkpoints_tools.huggingface.weights import is_native
@@ -20,14 +21,13 @@ from mmscale.config.load import dump
 from mmscale.data.prepared.manifest import NO_TOKENIZER
 from mmscale.data.vocab import IMAGE
 from mmscale.runs.events import read_events
-from mmscale.runs.held_out import ACCURACY, HeldOut, words_of
-from mmscale.runs.metrics import read_metrics
 from mmscale.runs.recorded_leaks import leaks_in
 from mmscale.train.stages.stage_report import report_of
 
 TAGS = ["mixed-modal", "early-fusion", "mmscale"]
 _NO_PROMPT = "a prompt in the words of the training documents"  # the data is not at hand
 _TASK = "text-generation"
+_OF_ONE = ("documents", "tokens", "source", "sources")  # of `data` in the report: about one data set, not a blend
 _USE = """Tested with transformers {oldest} to {newest}; the code here warns about others.
 
 ```python
@@ -58,27 +58,10 @@ def card(config: Config, report: dict[str, Any], *, run: Path, step: int, licenc
         tags=TAGS,
         license=licence or None,
         model_name=config.run.name,
-        eval_results=_results(config, run, step) or None,
+        eval_results=[one.for_hub(config, task_type=_TASK) for one in measured(run, step)] or None,
     )
     body = _body(config, report, run=run, step=step)
     return str(ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{body}"))
-
-
-def _results(config: Config, run: Path, step: int) -> list[EvalResult]:
-    """The rows of `losses_table` for the card's model-index."""
-    results = []
-    for where, (_, value) in _measured(run, step).items():
-        results.append(
-            EvalResult(
-                task_type=_TASK,
-                dataset_type=where.name or "held-out",  # the Hub groups results of one type as one data set
-                dataset_name=words_of(where.name) or "held-out split of the training data",
-                metric_type="accuracy" if where.figure.startswith(ACCURACY) else "loss",
-                metric_name=_named(config, where),
-                metric_value=round(value, 4),
-            )
-        )
-    return results
 
 
 def _body(config: Config, report: dict[str, Any], *, run: Path, step: int) -> str:
@@ -117,7 +100,7 @@ def _body(config: Config, report: dict[str, Any], *, run: Path, step: int) -> st
                 losses_table(config, run, step),
                 *(f"{line}." for line in leaks_in(read_events(run), step=step)),
                 "## Data",
-                _facts(_sources(config, step) | report["data"]),
+                _sources(config, step, report["data"]),
                 "## Conversion",
                 f"Logits of {gate['compared']} prompts ({gate['tokens']} tokens), whole, with a cache and left-padded, "
                 f"differ from the trainer's by at most {gate['max_abs']:.2g} (fp32, limit {gate['tolerance']:g}); the "
@@ -143,14 +126,11 @@ def _body(config: Config, report: dict[str, Any], *, run: Path, step: int) -> st
 
 def losses_table(config: Config, run: Path, step: int) -> str:
     """The last held-out losses up to the step, including those with the auxiliary stage's routers, by routing mode."""
-    found, report = _measured(run, step), report_of(run)
+    found, report = measured(run, step), report_of(run)
     other = f"The {report.note}." if report is not None and report.main_step == step and report.note else ""
     if not found:
         return "\n\n".join(filter(None, ("None were logged.", other)))
-    rows = [
-        f"| {_named(config, where)} | {words_of(where.name) or 'held-out split'} | {value:.4f} | {at} |"
-        for where, (at, value) in found.items()
-    ]
+    rows = [f"| {one.named(config)} | {one.data} | {one.shown} | {one.step} |" for one in found]
     note = (
         "Losses are in nats. With batch routing, as in training, experts chose among all tokens of a sequence, later "
         "ones too. With causal and threshold routing no number uses a later token."
@@ -160,34 +140,23 @@ def losses_table(config: Config, run: Path, step: int) -> str:
     return "\n".join(["| measured | data | value | step |", "|---|---|---|---|", *rows, *more])
 
 
-def _named(config: Config, where: HeldOut) -> str:
-    """`loss per text token, causal routing`; models without routing have no routing to name."""
-    return f"{where.measure}, {where.how}" if config.model.routes else where.measure
+def _sources(config: Config, step: int, data: dict[str, Any]) -> str:
+    """The data of a run. The report of an export describes one set, which has the tokenizers of all."""
+    sources = blend_sources(config, step)
+    if not sources:
+        return _facts(data)
+    shared = {"tokenizers_of" if key == "folder" else key: value for key, value in data.items() if key not in _OF_ONE}
+    return "\n".join(["- data sets:", *(f"  - {_source(one)}" for one in sources), _facts(shared)])
 
 
-def _measured(run: Path, step: int) -> dict[HeldOut, tuple[int, float]]:
-    """Step and value of each result, sorted. If the stage trained routers for this checkpoint, its values are used."""
-    found: dict[HeldOut, tuple[int, float]] = {}
-    for record in read_metrics(run):
-        if record["step"] <= step:
-            found |= {
-                where: (record["step"], value)
-                for key, value in record.items()
-                if isinstance(value, float) and (where := HeldOut.of(key)) is not None
-            }
-    report = report_of(run)
-    if report is not None and report.main_step == step:
-        routed = {replace(where, stage=""): (step, value) for where, value in report.causal().items()}
-        routings = {one.routing for one in routed}
-        found = {where: value for where, value in found.items() if where.routing not in routings} | routed
-    # The z-loss is no measure of quality.
-    return {where: found[where] for where in sorted(found, key=lambda one: one.key) if where.figure != "z_loss"}
-
-
-def _sources(config: Config, step: int) -> dict[str, str]:
-    """The data sets of a blend and their weights at a step; conversion_report.json describes one of them."""
-    named = ", ".join(f"{one.path} (weight {one.weight_at(step):g})" for one in config.data.sources)
-    return {"blend": named} if len(config.data.sources) > 1 else {}
+def _source(source: dict[str, Any]) -> str:
+    """`data/a: weight 3, 20 documents, tokens 13,999 text + 72,064 image, source 1a2b`."""
+    counts = (
+        [f"{source['documents']:,} documents", f"tokens {_counts(source['tokens'])}"] if "documents" in source else []
+    )
+    weight = f"weight {source['weight']:g}"
+    origin = [f"source {source['source']}"] if "source" in source else ["not at hand for this export"]
+    return f"{source['folder']}: {', '.join((weight, *counts, *origin))}"
 
 
 def _facts(values: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 from checkpoints_tools.huggingface import gate, shipped
 from checkpoints_tools.huggingface.card import card
 from checkpoints_tools.huggingface.codecs import write_codecs
+from checkpoints_tools.huggingface.data_sources import blend_sources
 from checkpoints_tools.huggingface.export_checks import refuse_without_routers, tokenizer_set
 from checkpoints_tools.huggingface.export_settings import CONFIG, REPORT, settings
 from checkpoints_tools.huggingface.fast_tokenizer import write_text_tokenizer
@@ -279,7 +280,7 @@ def _judged(
         "weights": {"tensors": written.tensors, "bytes": written.bytes, "shards": list(written.shards)},
         "prompts": found["prompts"],
         "generated": found["generated"],
-        "data": own.about,
+        "data": own.about | ({"sources": sources} if (sources := blend_sources(config, source.step)) else {}),
         "versions": {"mmscale": code_version(), "transformers": found["transformers"], "torch": found["torch"]},
         "tested_transformers": {"oldest": OLDEST, "newest": NEWEST},
         "origin": origin_of("convert to-hf", source.parents, routing=used),

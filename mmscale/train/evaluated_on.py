@@ -15,6 +15,7 @@ from mmscale.data.prepared.prepared_with import other_settings
 from mmscale.data.prepared.tasks import TaskItem, replaced
 from mmscale.data.prepared.tasks import identities_of as identities_of_tasks
 from mmscale.data.prepared.validation import identities_of, read_validation
+from mmscale.runs.questions import Asked, as_field
 from mmscale.runs.recorded_leaks import FIELD
 from mmscale.train.steps.task_scores import chance_of, describe
 
@@ -46,18 +47,17 @@ class EvaluatedOn:
         """
         sets = read_validation(config, blend)
         lines = [one.describe() for one in sets]
-        asked: dict[str, dict[str, Any]] = {}
+        asked: dict[str, Asked] = {}
         for name, place in named_tasks(config, blend).items():
             others = having(name, blend)[1:] if place in blend else having(name, blend)
-            asked[name] = {"number": len(tasks[name]), "place": str(place)}
+            asked[name] = Asked(len(tasks[name]), str(place))
             lines.append(describe(name, tasks[name], place=place, others=others))
         chances = {name: chance for name, items in tasks.items() if (chance := chance_of(items)) is not None}
         trained = {Path(one.path): blend[Path(one.path)] for one in config.data.sources if one.trained}
         leaks = leaks_of(trained, dict(blend) | {one.folder: one.manifest for one in sets})
         lines += [f"note: {line}" for line in (*leaks, *other_settings(config))]
         kept = {"validation": identities_of(sets), "tasks": identities_of_tasks(tasks)}
-        fields: dict[str, Any] = {"questions": asked} if asked else {}
-        fields |= {"guessing": chances} if chances else {}
+        fields = as_field(asked) | ({"guessing": chances} if chances else {})
         return cls(lines, kept, fields | ({FIELD: leaks} if leaks else {}))
 
     def changed(self, info: Mapping[str, Any]) -> list[str]:

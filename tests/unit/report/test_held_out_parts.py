@@ -1,4 +1,4 @@
-"""Numbers of a part of a held-out set say so: page, figures, comparison and model card, with one run and with several."""
+"""Numbers of a part of a held-out set say so: page, figures, comparison and model card, of one run and of several."""
 
 from __future__ import annotations
 
@@ -99,7 +99,9 @@ def test_a_value_has_the_part_of_the_attempt_that_measured_it(tmp_path: Path) ->
     }
 
 
-@pytest.mark.parametrize("content", [None, 3, [], {"": 3}, {"": {"batches": 1}}, {"": {"batches": "x", "available": 2}}])
+@pytest.mark.parametrize(
+    "content", [None, 3, [], {"": 3}, {"": {"batches": 1}}, {"": {"batches": "x", "available": 2}}]
+)
 def test_other_content_of_the_field_is_ignored(content: object) -> None:
     assert not any(extents_in([{"event": "start", "attempt": 1, "extents": content}]).values())
 

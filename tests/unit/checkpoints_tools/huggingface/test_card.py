@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard
 from checkpoints_tools.huggingface.card import card
 from checkpoints_tools.huggingface.model_config import generation_config
 from mmscale.config import Config, DataConfig
+from mmscale.data.prepared.manifest import read_manifest
 from mmscale.data.prepared.prepare import prepare
 from tests.unit.data import samples
 
@@ -72,15 +73,61 @@ def test_generation_has_no_length_of_its_own() -> None:
     assert "max_length" not in generation_config(CONFIG)
 
 
-def test_accuracies_are_no_losses_and_a_blend_is_named_whole(tmp_path: Path) -> None:
-    line = {"step": 10, "attempt": 1, "loss": 2.0, "eval/loss": 1.25, "eval/accuracy/which": 0.5}
+def test_every_kind_of_figure_has_its_type_and_questions_are_no_held_out_documents(tmp_path: Path) -> None:
+    """The number of questions and the 95 % interval are in the table: 3 of 6 is 18.8 % to 81.2 %."""
+    asked = {"which": {"number": 6, "place": "icons/names.jsonl"}}
+    event = {"time": 1.0, "attempt": 1, "event": "start", "step": 0, "questions": asked}
+    (tmp_path / "events.jsonl").write_text(json.dumps(event))
+    line = {"step": 10, "attempt": 1, "loss": 2.0, "eval/loss": 1.25, "eval/bits_per_byte/text": 1.5}
+    line |= {"eval/accuracy/which": 0.5, "eval/accuracy/other": 0.25}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(line))
-    blend = [{"path": "data/a", "weight": {0: 2.0, 15: 3.0}}, {"path": "data/b"}]
-    config = Config.model_validate(CONFIG.model_dump(exclude={"data"}) | {"data": {"blend": blend}})
-    read = ModelCard(card(config, REPORT, run=tmp_path, step=20))
-    kinds = {one.metric_name: one.metric_type for one in read.data.eval_results or ()}
-    assert kinds == {"loss per token": "loss", "accuracy of which": "accuracy"}
-    assert "- blend: data/a (weight 3), data/b (weight 1)\n" in read.text
+    read = ModelCard(card(CONFIG, REPORT, run=tmp_path, step=20))
+    results = read.data.eval_results or []
+    found = {one.metric_name: (one.metric_type, one.dataset_type, one.dataset_name) for one in results}
+    assert found == {
+        "loss per token": ("loss", "held-out", "held-out split of the training data"),
+        "bits per byte of text": ("bits_per_byte", "held-out", "held-out split of the training data"),
+        "accuracy of which": ("accuracy", "task which", "6 questions of icons/names.jsonl"),
+        "accuracy of other": ("accuracy", "task other", "questions of other"),  # an older version recorded no number
+    }
+    row = "| accuracy of which | 6 questions of icons/names.jsonl | 0.5000 (95 %: 0.1876 to 0.8124) | 10 |"
+    assert row in read.text
+    assert "| accuracy of other | questions of other | 0.2500 | 10 |" in read.text
+
+
+def test_a_part_of_the_held_out_documents_is_named(tmp_path: Path) -> None:
+    extents = {"": {"batches": 2, "available": 24}, "web": {"batches": 3, "available": 3}}
+    event = {"time": 1.0, "attempt": 1, "event": "start", "step": 0, "extents": extents}
+    (tmp_path / "events.jsonl").write_text(json.dumps(event))
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(METRICS[0]))
+    read = ModelCard(card(CONFIG, REPORT, run=tmp_path, step=20))
+    assert "| loss per token | held-out split, first 2 of 24 batches | 1.2346 | 10 |" in read.text
+    assert "| loss per token | validation web | 1.7500 | 10 |" in read.text
+    splits = {one.dataset_type: one.dataset_split for one in read.data.eval_results or ()}
+    assert splits == {"held-out": "first 2 of 24 batches", "web": None}
+
+
+def test_every_set_of_a_blend_is_listed(tmp_path: Path) -> None:
+    """Folder, weight, documents, tokens and digest of each; the report of the export describes only one set."""
+    for name, number in {"a": 5, "b": 3}.items():
+        texts = [{"id": f"{name}{n}", "content": [samples.text(f"once upon a time {n}")]} for n in range(number)]
+        file = samples.write_jsonl(tmp_path / f"{name}.jsonl", texts)
+        prepare(samples.config(documents=[str(file)], vocab={"text": 300}), tmp_path / name, progress=False)
+    blend: list[dict[str, Any]] = [{"path": str(tmp_path / "a"), "weight": {0: 2.0, 15: 3.0}}]
+    blend += [{"path": str(tmp_path / "b")}, {"path": "gone"}]
+    config = CONFIG.model_copy(update={"data": DataConfig.model_validate({"blend": blend})})
+    data = REPORT["data"] | {"source": "of-a", "documents": 5, "tokens": {"text": 1}}
+    text = card(config, REPORT | {"data": data}, run=tmp_path, step=20)
+    shown = text[text.index("## Data") : text.index("## Conversion")].splitlines()
+    sets = [line for line in shown if line.startswith("  - ")]
+    for name, weight, line in zip("ab", (3, 1), sets, strict=False):
+        manifest = read_manifest(tmp_path / name)
+        train = manifest.splits["train"]
+        counts = f"{train.documents} documents, tokens {train.tokens('text'):,} text"
+        assert line == f"  - {tmp_path / name}: weight {weight}, {counts}, source {manifest.source}"
+    assert sets[2] == "  - gone: weight 1, not at hand for this export"
+    assert "- tokenizers of: set" in shown and not any(line.startswith(("- documents", "- tokens:")) for line in shown)
+    assert "of-a" not in "".join(shown)
 
 
 def test_results_and_counts_are_in_words(tmp_path: Path) -> None:
@@ -103,7 +150,7 @@ def test_results_and_counts_are_in_words(tmp_path: Path) -> None:
     read = ModelCard(card(config, REPORT | {"data": data}, run=tmp_path, step=20))
     rows = [line.strip("| ").split(" | ")[:2] for line in read.text.splitlines() if line.endswith("| 0.5000 | 10 |")]
     assert sorted(rows) == [
-        ["accuracy of which, batch routing", "held-out split"],
+        ["accuracy of which, batch routing", "questions of which"],
         ["bits per byte of text, batch routing", "held-out split"],
         ["loss per image token, causal routing", "held-out split"],
         ["loss per text token, batch routing", "held-out split"],

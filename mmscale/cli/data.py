@@ -301,11 +301,13 @@ def _sources_of(run: Path) -> dict[str, Any]:
 
 
 def _print_sources(result: dict[str, Any]) -> None:
+    from mmscale.train.log.progress_lines import count
+
     rows: list[tuple[str, object]] = [("run", f"{result['run']}, step {result['step']:,}")]
     for one in result["sources"]:
         limit = f", at most {one['max_epochs']}" if one["max_epochs"] else ""
         rows.append((one["path"], f"{one['done']:.2f} of {one['planned']:.2f} planned passes{limit}"))
-        rows.append(("", f"{_counts(one['tokens'])} tokens in a pass, {one['tokens_done']:,} read"))
+        rows.append(("", f"{_counts(one['tokens'])} tokens in a pass, about {count(one['tokens_done'])} read"))
     rows += [("held out", line) for line in result["leaks"]]
     pairs(rows)
 

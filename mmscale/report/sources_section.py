@@ -18,6 +18,7 @@ from mmscale.report.facts import step_reached
 from mmscale.report.figure_style import COLOURS, GREY, dress, new_figure, save_figure
 from mmscale.report.page import Run
 from mmscale.runs.sources_read import SourceRead, sources_read
+from mmscale.train.log.progress_lines import count
 
 HEADING = "Data sets"
 _MOST = 40  # data sets in the figure
@@ -56,7 +57,7 @@ def sources_section(runs: Sequence[Run]) -> str:
             f"{one.done:.2f}",
             f"{one.planned:.2f}",
             "-" if one.max_epochs is None else str(one.max_epochs),
-            f"{one.tokens_done:,}",
+            f"about {count(one.tokens_done)}",
             "-" if one.repeated is None else f"{one.repeated:.1%}",
         )
         for name, one in found

@@ -35,7 +35,7 @@ class SourceRead:
 
     @property
     def tokens_done(self) -> int:
-        """Tokens that were read, in all modalities."""
+        """Tokens that were read, in all modalities: an estimate, because passes are interpolated between some steps."""
         return round(self.done * sum(self.tokens.values()))
 
 

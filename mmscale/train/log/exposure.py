@@ -70,7 +70,7 @@ def planned_sources(config: Config, data: Mixture, *, step: int, sequences: int)
             "tokens": _tokens_by_modality(source),
             "max_epochs": data.max_epochs[number],
             "repeated": _repeated(source),
-            "passes": [[one, round(found[number], 4)] for one, found in zip(steps, passes, strict=True)],
+            "passes": [[one, round(found[number], 6)] for one, found in zip(steps, passes, strict=True)],
         }
         for number, source in enumerate(data.sources)
     ]

@@ -67,10 +67,22 @@ def test_inspect_of_a_run_shows_passes_done_and_planned(tmp_path: Path, capsys: 
     assert main(["data", "inspect", str(run)]) == 0
     said = capsys.readouterr().out
     assert "2.50 of 4.00 planned passes" in said and "2.00 of 2.00 planned passes, at most 2" in said
-    assert "1,000 text + 200 image tokens in a pass, 3,000 read" in said
+    assert "1,000 text + 200 image tokens in a pass, about 3k read" in said
     assert main(["data", "inspect", str(run), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["step"] == 15 and found["sources"][1]["done"] == 2.0 and found["sources"][1]["max_epochs"] == 2
+
+
+def test_the_estimate_of_tokens_has_no_more_digits_than_it_is_known_to(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From passes between two steps of the event; the trained tokens of metrics.jsonl are counted, and differ."""
+    source = {"path": "a", "tokens": {"text": 536_957}, "max_epochs": None, "passes": [[0, 0.0], [15, 1.99994]]}
+    run = make_run(tmp_path / "run", sources=[source])
+    assert main(["data", "inspect", str(run)]) == 0
+    assert "tokens in a pass, about 1.07M read" in capsys.readouterr().out
+    assert main(["report", str(run), "--out", str(tmp_path / "report.html"), "--no-png"]) == 0
+    assert "<td>about 1.07M</td>" in (tmp_path / "report.html").read_text()
 
 
 def test_steps_after_the_last_logged_one_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -92,6 +104,7 @@ def test_the_page_shows_them_as_a_figure_and_a_table(tmp_path: Path) -> None:
     page = out.read_text()
     assert '<h2 id="data-sets">Data sets</h2>' in page and 'alt="passes"' in page
     assert "<th>repeated documents</th>" in page and "<td>25.0%</td>" in page
+    assert "<td>about 3k</td>" in page
     assert "<td>data/web&lt;1&gt;</td><td>1,000 text + 200 image</td><td>2.50</td><td>4.00</td>" in page
     assert "sources [" not in page  # in the words of the timeline
     with PIL.Image.open(tmp_path / "report_data.png") as picture:

@@ -14,7 +14,11 @@ from mmscale.runs.first_step import first_step_began
 
 
 def goodput(
-    events: Sequence[Mapping[str, Any]], metrics: Sequence[Mapping[str, Any]], *, now: float
+    events: Sequence[Mapping[str, Any]],
+    metrics: Sequence[Mapping[str, Any]],
+    *,
+    now: float,
+    resumes_from: int | None = None,
 ) -> tuple[float | None, dict[str, float]]:
     """Productive time over allocated time, and the time of each part.
 
@@ -29,6 +33,8 @@ def goodput(
         events: of events.jsonl, in order.
         metrics: lines of metrics.jsonl in file order: repeated steps occur twice.
         now: seconds since 1970; the end of an attempt that has not recorded its end.
+        resumes_from: of a run that does not run, the step from which the next start would continue, as after a resume:
+            later steps of an attempt that did not end in order are lost. None: it runs, or that is not known.
 
     Returns:
         The share, None without an attempt; and seconds by part.
@@ -49,7 +55,7 @@ def goodput(
         begin = first.get("since", first["time"])
         ended = next((e for e in reversed(mine) if e["event"] in ORDERLY_ENDS), None)
         over = ended is not None or any(e["event"] in ("ranks_ended", "gave_up") for e in mine)
-        over = over or place + 1 < len(order)
+        over = over or place + 1 < len(order) or resumes_from is not None
         # A killed attempt has no event of its end: it lived at least until its last line.
         known = [float(line["time"]) for line in lines.get(number, []) if "time" in line]
         end = max(mine[-1]["time"], begin, *known) if over else max(now, begin)
@@ -65,7 +71,7 @@ def goodput(
         if stepping is None:
             stepping = begun["time"] if over else end
         times["start_up"] += stepping - begin
-        next_step = resumed[number]
+        next_step = resumes_from if ended is None and number == order[-1] else resumed[number]
         stopped = None if ended is None or "step" not in ended else int(ended["step"])
         _split(
             # The last steps, save and evaluation come after the last logged step: the event of the end has their time.

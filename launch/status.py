@@ -181,8 +181,8 @@ def _one(run: Path, jobs: _Jobs) -> dict[str, Any]:
     known = [float(one["time"]) for one in (*events, last) if isinstance(one.get("time"), int | float)]
     # A killed run without a launcher has no event for its end, so its time ends with the last line that it wrote.
     now = max(known) if state["ended"] and known else time.time()
-    share, times = goodput(events, progress.groups(), now=now)
     saved = max(Store.of_run(run).steps(), default=None)
+    share, times = goodput(events, progress.groups(), now=now, resumes_from=(saved or 0) if state["ended"] else None)
     committed = next((e["time"] for e in reversed(events) if e["event"] == "save_committed"), None)
     step_time = last.get("step_time_s")
     done = last_step(events, logged=int(last.get("step", 0)), attempt=int(last.get("attempt", 0)))

@@ -51,8 +51,8 @@ class Result:
     def data(self) -> str:
         """The data in words: `held-out split, first 2 of 24 batches`, `23 questions of names.jsonl`."""
         if self.task:
-            known = self.asked is not None
-            return f"{self.asked.number:,} questions of {self.asked.place}" if known else f"questions of {self.task}"
+            asked = self.asked
+            return f"questions of {self.task}" if asked is None else f"{asked.number:,} questions of {asked.place}"
         part = "" if self.extent is None else str(self.extent)
         return ", ".join(filter(None, (words_of(self.where.name) or "held-out split", part)))
 

@@ -177,8 +177,8 @@ def read_run(folder: Path, *, history: History | None = None) -> ComparedRun:
             losses.setdefault(view, {})[part] = points
     counts = [(name, history.last(f"tokens/{name}")) for name in config.vocab.names]
     tokens = {name: count for name, count in counts if count is not None and np.isfinite(count)}
-    part = HeldOutParts.of_run(folder, read_events(folder)).of(history, f"{EVAL}{_LOSS}")
-    return ComparedRun(folder, config, losses, dropped, int(history.steps[-1]), tokens, part)
+    extent = HeldOutParts.of_run(folder, read_events(folder)).of(history, f"{EVAL}{_LOSS}")
+    return ComparedRun(folder, config, losses, dropped, int(history.steps[-1]), tokens, extent)
 
 
 def _configurations(folder: Path, history: History) -> dict[int | None, Config]:

@@ -194,6 +194,21 @@ def test_a_killed_attempt_lived_until_its_last_line() -> None:
     assert (times["steps"], times["lost"], times["waiting"]) == (10, 20, 20)
 
 
+@pytest.mark.parametrize("recorded", [True, False], ids=["crashed under a launcher", "killed without one"])
+@pytest.mark.parametrize(("saved", "lost"), [(0, 30), (10, 20), (30, 0), (None, 0)])
+def test_steps_after_the_last_save_are_lost_before_the_run_is_started_again(
+    recorded: bool, saved: int | None, lost: int
+) -> None:
+    """As they are once it is. None: the run still runs, or nobody can say from where it would go on."""
+    events = [event(0, 1, "start", step=0), *([event(30, 1, "ranks_ended")] if recorded else [])]
+    metrics = [line | {"time": float(line["step"])} for line in steps(1, 1, 30, 1.0)]
+    share, times = goodput(events, metrics, now=30, resumes_from=saved)
+    assert (times["steps"], times["lost"], share) == (30 - lost, lost, (30 - lost) / 30)
+    if saved is not None:
+        resumed = [*events, event(50, 2, "resume", step=saved)]
+        assert goodput(resumed, metrics, now=50)[1] == times | {"waiting": 20}
+
+
 @pytest.mark.parametrize("end", ["finish", "stop"])
 def test_a_run_that_nobody_launched_is_over_with_its_last_event(end: str) -> None:
     events = [event(0, 1, "launch"), event(0, 1, "start", step=0), event(20, 1, end, step=20)]

@@ -18,6 +18,7 @@ import pytest
 from launch import control, status
 from launch import record as records
 from launch.scheduler import JobState
+from mmscale.checkpoint.layout import Store
 from mmscale.errors import LaunchError
 from mmscale.resilience import run_lock
 from tests.unit.launch.fake_slurm import FakeSlurm
@@ -68,13 +69,19 @@ def test_the_step_is_the_one_that_was_saved_and_not_only_the_last_logged_one(
     assert (shown(run)["step"], shown(run)["steps"]) == (step, 300)
 
 
-@pytest.mark.parametrize("end", [("finish", {"step": 20}), None], ids=["finished", "killed"])
+@pytest.mark.parametrize(
+    ("end", "saved"),
+    [(("finish", {"step": 20}), 20), (None, 20), (None, 5), (None, 0)],
+    ids=["finished", "killed after a save", "killed 15 steps after it", "killed before any"],
+)
 def test_the_goodput_of_a_local_run_does_not_shrink_after_its_end(
-    tmp_path: Path, end: tuple[str, dict[str, Any]] | None
+    tmp_path: Path, end: tuple[str, dict[str, Any]] | None, saved: int
 ) -> None:
-    """Without a launcher nothing records the end of a killed process: the last written line counts."""
+    """Without a launcher nothing records the end of a killed process: the last written line counts, up to the save."""
     run, now = tmp_path / "run", time.time()
     run.mkdir()
+    if saved:
+        Store.of_run(run).path(saved).mkdir(parents=True)
     begun = {"time": now - 1000, "attempt": 1, "event": "start", "step": 0, "since": now - 1010}
     events = [begun] + ([{"time": now - 980, "attempt": 1, "event": end[0], **end[1]}] if end else [])
     (run / "events.jsonl").write_text("".join(json.dumps(one) + "\n" for one in events))
@@ -82,8 +89,8 @@ def test_the_goodput_of_a_local_run_does_not_shrink_after_its_end(
     first = last | {"step": 1, "time": now - 999}
     (run / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in (first, last)))
     found = shown(run)
-    assert found["goodput"] == pytest.approx(20 / 30, abs=0.01)
-    assert (found["time"]["start_up"], found["time"]["steps"]) == (10.0, 20.0)
+    assert found["goodput"] == pytest.approx(saved / 30, abs=0.01)
+    assert [found["time"][part] for part in ("start_up", "steps", "lost")] == [10.0, saved, 20.0 - saved]
 
 
 def test_resume_of_a_run_that_train_started_says_how_it_goes_on(tmp_path: Path) -> None:

@@ -39,12 +39,13 @@ class Cut:
         return self.held_out or (self.tasks and f"/{ACCURACY}" in key)
 
 
-def cuts_of(run: Path, events: Sequence[Mapping[str, Any]]) -> list[Cut]:
+def cuts_of(run: Path, events: Sequence[Mapping[str, Any]], *, name: str = "") -> list[Cut]:
     """Breaks of a run in the order of its steps, without those whose later steps were all rolled back.
 
     Args:
         run: its folder; for runs of earlier versions changes are found by comparing the configurations of attempts.
         events: of events.jsonl.
+        name: of the run, for the texts of a report with several; "": it is the only one.
     """
     found: dict[int, Break] = {}
     by_attempt: dict[Any, list[str]] = {}
@@ -66,7 +67,7 @@ def cuts_of(run: Path, events: Sequence[Mapping[str, Any]]) -> list[Cut]:
                 what, one.training or before.training, one.held_out or before.held_out, one.tasks or before.tasks
             )
     return [
-        Cut(step, f"changed: {', '.join(one.what)}", one.training, one.held_out, one.tasks)
+        Cut(step, f"{name} changed: {', '.join(one.what)}".strip(), one.training, one.held_out, one.tasks)
         for step, one in sorted(found.items())
     ]
 

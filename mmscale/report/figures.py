@@ -59,10 +59,7 @@ def loss_curves(runs: Sequence[Path], out: Path) -> None:
     Raises:
         UsageError: A run has no metrics.
     """
-    found = {
-        name: _Run(_history(run), cuts_of(run, events := read_events(run)), HeldOutParts.of_run(run, events))
-        for name, run in zip(run_names(runs), runs, strict=True)
-    }
+    found = {name: _read(run, name if len(runs) > 1 else "") for name, run in zip(run_names(runs), runs, strict=True)}
     figure = new_figure(width=10.0, height=7.2)
     grid = figure.add_gridspec(2, 3, height_ratios=(2.2, 1.0))
     losses = figure.add_subplot(grid[0, :])
@@ -114,6 +111,12 @@ class _Run:
     history: History
     cuts: list[Cut]
     parts: HeldOutParts
+
+
+def _read(run: Path, name: str) -> _Run:
+    """A run's data; the name is for labels, "" if it is the only run."""
+    history, events = _history(run), read_events(run)
+    return _Run(history, cuts_of(run, events, name=name), HeldOutParts.of_run(run, events))
 
 
 def _history(run: Path) -> History:

@@ -96,7 +96,7 @@ def read_runs(runs: Sequence[Path], *, goodput: Goodput) -> list[Run]:
                 events,
                 timeline_of(events, history, begin=begin, goodput=goodput),
                 layers_of(path, limit=BYTES // len(runs)),
-                cuts_of(path, events),
+                cuts_of(path, events, name=name if len(runs) > 1 else ""),
                 HeldOutParts.of_run(path, events),
             )
         )

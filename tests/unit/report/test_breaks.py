@@ -103,6 +103,23 @@ def test_the_page_breaks_these_curves_and_no_other(tmp_path: Path, line: str, br
     figures.loss_curves([tmp_path / "run"], tmp_path / "curves.png")
 
 
+@pytest.mark.parametrize("number", [1, 2])
+def test_labels_of_several_runs_name_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """On the page, in its PNGs, and in the figure of losses."""
+    folders = [make_run(tmp_path / name, changed=["data.path: x -> y"]) for name in ("first", "second")[:number]]
+    wanted = ["changed: data"] if number == 1 else ["first changed: data", "second changed: data"]
+    runs = page.read_runs(folders, goodput=goodput)
+    assert [cut.text for run in runs for cut in run.cuts] == wanted
+    labels: list[str] = []
+    for module in (figures, pictures):
+        monkeypatch.setattr(module, "mark_cuts", lambda _, cuts: labels.extend(text for _, text in cuts))
+    figures.loss_curves(folders, tmp_path / "curves.png")
+    assert labels == wanted
+    labels.clear()
+    pictures.write_pictures(runs, tmp_path / "report.html")
+    assert set(labels) == set(wanted)
+
+
 def test_steps_that_are_done_again_leave_no_break(tmp_path: Path) -> None:
     """The run went back before the change, and is trained with the old settings from there on."""
 

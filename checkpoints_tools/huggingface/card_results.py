@@ -16,7 +16,7 @@ from mmscale.runs.events import read_events
 from mmscale.runs.extents import Extent, extents_in
 from mmscale.runs.held_out import ACCURACY, HeldOut, words_of
 from mmscale.runs.metrics import read_metrics
-from mmscale.runs.questions import Asked, questions_in
+from mmscale.runs.recorded_questions import Asked, questions_in
 from mmscale.train.stages.origin import folder_of
 from mmscale.train.stages.stage_report import StageReport, report_of
 from mmscale.train.steps.task_scores import Score

@@ -15,8 +15,8 @@ from mmscale.data.prepared.prepared_with import other_settings
 from mmscale.data.prepared.tasks import TaskItem, replaced
 from mmscale.data.prepared.tasks import identities_of as identities_of_tasks
 from mmscale.data.prepared.validation import identities_of, read_validation
-from mmscale.runs.questions import Asked, as_field
 from mmscale.runs.recorded_leaks import FIELD
+from mmscale.runs.recorded_questions import Asked, as_field
 from mmscale.train.steps.task_scores import chance_of, describe
 
 

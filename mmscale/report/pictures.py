@@ -186,7 +186,7 @@ def _draw_layers(run: Run, out: Path, *, suffix: str) -> list[Path]:
     groups = _groups(run)
     if groups:
         files.append(_beside(out, f"experts{suffix}"))
-        _draw_experts(record, groups, files[-1])
+        _draw_experts(record, groups, files[-1], absent=_absent(run))
         if any("coselection" in figures for _, _, figures in _experts(record)):
             files.append(_beside(out, f"coselection{suffix}"))
             _draw_coselection(record, groups, files[-1])
@@ -213,11 +213,19 @@ def _groups(run: Run) -> list[tuple[str, str]]:
     return sorted(found, key=lambda key: order.index(key[1]) if key[1] in order else len(order))
 
 
+def _absent(run: Run) -> list[str]:
+    """Modalities of earlier records of layers that the last one lacks."""
+    earlier = dict.fromkeys(modality for record in run.layers for _, (_, modality), _ in _experts(record))
+    return [name for name in earlier if name not in {modality for _, modality in _groups(run)}]
+
+
 def _name(group: tuple[str, str]) -> str:
     return group[0] if group[0] == group[1] else f"{group[0]}, {group[1]} tokens"
 
 
-def _draw_experts(record: dict[str, Any], groups: Sequence[tuple[str, str]], file: Path) -> None:
+def _draw_experts(
+    record: dict[str, Any], groups: Sequence[tuple[str, str]], file: Path, *, absent: Sequence[str]
+) -> None:
     layers = sorted({layer for layer, _, _ in _experts(record)})
     figure = new_figure(width=1.5 + 3.6 * len(groups), height=min(9.0, 1.6 + 0.3 * len(layers)))
     tables = {group: {n: f["load"] for n, key, f in _experts(record) if key == group} for group in groups}
@@ -231,6 +239,9 @@ def _draw_experts(record: dict[str, Any], groups: Sequence[tuple[str, str]], fil
         axes.set_title(f"{_name(group)}: tokens taken, step {record['step']:,}", loc="left", fontsize=9)
         axes.set_xlabel("expert", fontsize=8.5)
         axes.set_xticks(range(0, size, max(1, size // 8)))
+    if absent:
+        said = f"The micro-batches of step {record['step']:,} have no tokens of {' and '.join(absent)}."
+        figure.supxlabel(said, fontsize=8, color=GREY)
     figure.colorbar(image, ax=figure.axes, shrink=0.8, label="fraction of the modality's tokens")
     save_figure(figure, file)
 

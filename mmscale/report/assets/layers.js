@@ -138,6 +138,8 @@ class LayersView {
         tell: (r, c) => `layer ${layers[r]}, expert ${c} of ${name}`,
       }));
     });
+    const everywhere = new Set(records.flatMap((one) => this.groups(one)).map(([, modality]) => modality));
+    const absent = [...everywhere].filter((name) => !groups.some(([, modality]) => modality === name));
     const drawnGroups = groups.length, paired = this.paired();
     const drawn = groups.flatMap(([group, modality]) => {
       const some = layers.filter((n) => paired?.layers[n]?.experts?.[group]?.[modality]?.coselection);
@@ -156,6 +158,7 @@ class LayersView {
     this.experts.replaceChildren(
       el("div", { class: "head" }, el("h3", {}, "Expert load by layer"), el("span", { class: "note" }, this.measure === "load" ? "Tokens that an expert took, over the modality's tokens in that layer; a row is a layer, a column an expert." : "Mean gate of the tokens that an expert took; a row is a layer, a column an expert.")),
       el("div", { class: "tools" }, ...this.chooser(), choice, el("label", {}, `step ${record.step.toLocaleString("en")}`, slider), scaleBar(range)),
+      ...(absent.length ? [el("p", { class: "sub" }, `The micro-batches of step ${record.step.toLocaleString("en")} have no tokens of ${absent.join(" and ")}.`)] : []),
       loads,
       ...(drawn.length ? [el("div", { class: "head", style: "margin-top:1rem" }, el("h3", {}, "Co-selection"), el("span", { class: "note" }, `Of the tokens that the row's expert took, the fraction that the column's expert took too; step ${paired?.step.toLocaleString("en")}.`)), pairs] : []));
   }

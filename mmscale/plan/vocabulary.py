@@ -113,7 +113,9 @@ def _text_ids(facts: Facts) -> tuple[int, str]:
         return text, why
     # Rounded down, so that every id is used; the bytes and the special tokens need 320.
     most = max(multiple(SPECIAL_AND_BYTES, 64), facts.text_ids // 64 * 64)
-    return most, f"and merges: these {characters:,} characters repeat enough for {facts.text_ids:,} ids in all"
+    all_ids = f"{facts.text_ids:,} ids, bytes and special tokens included"
+    rounded = f"; {most:,} is the multiple of 64 below" if most < facts.text_ids else ""
+    return most, f"and merges: these {characters:,} characters repeat enough for {all_ids}{rounded}"
 
 
 def _modalities(ids: dict[str, int], marked: list[str] | tuple[str, ...]) -> list[dict[str, Any]]:

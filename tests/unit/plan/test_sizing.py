@@ -139,6 +139,9 @@ def test_ids_that_texts_cannot_fill_are_not_proposed(tmp_path: Path) -> None:
     by_characters = propose(replace(facts, text_ids=None), LAPTOP, budget_s=600).settings["vocab"]["modalities"][0]
     assert text["size"] <= facts.text_ids < by_characters["size"]
     assert any(f"repeat enough for {facts.text_ids:,} ids" in rule.reason for rule in proposal.rules)
+    ids = replace(facts, text_ids=340)
+    (reason,) = [rule.reason for rule in propose(ids, LAPTOP, budget_s=600).rules if "repeat enough" in rule.reason]
+    assert reason.endswith("340 ids, bytes and special tokens included; 320 is the multiple of 64 below")
     tiny = propose(replace(facts, text_ids=270), LAPTOP, budget_s=600).settings["vocab"]["modalities"][0]
     assert tiny["size"] == 320  # bytes and special tokens
 

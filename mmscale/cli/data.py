@@ -203,6 +203,15 @@ def inspect(
     held_out: Annotated[
         bool, typer.Option("--held-out", help="List the held-out documents, one per line; with --sample, decode one.")
     ] = False,
+    trained_on: Annotated[
+        Path | None,
+        typer.Option(
+            "--trained-on",
+            metavar="DIR",
+            show_default=False,
+            help="With --held-out: mark documents that this data set trains on, instead of those of the same set.",
+        ),
+    ] = None,
     neighbours: Annotated[
         int,
         typer.Option(
@@ -219,6 +228,8 @@ def inspect(
 
     if sample is None and split != "train":
         raise UsageError(f"--split {split} is the split of --sample, which is not given", remedy="add --sample N")
+    if trained_on is not None and (sample is not None or not held_out):
+        raise UsageError("--trained-on says which held-out documents --held-out marks", remedy="add --held-out")
     if (folder / EVENTS).is_file() and sample is None and not held_out:
         sources = _sources_of(folder)
         emit(sources, as_json=as_json, text=lambda: _print_sources(sources))
@@ -226,7 +237,7 @@ def inspect(
     from mmscale.data.prepared import inspect_set
 
     if held_out and sample is None:
-        documents = enumerate(inspect_set.lines(folder, "validation"))
+        documents = enumerate(inspect_set.lines(folder, "validation", trained_on=trained_on))
         if as_json:
             emit([{"index": index, "text": line} for index, line in documents], as_json=True, text=lambda: None)
             return
@@ -352,22 +363,14 @@ def _summary(result: dict[str, Any], *, remarks: bool = True) -> None:
 
 def _content(result: dict[str, Any], *, remarks: bool) -> list[tuple[str, object]]:
     """Rows about content that both splits have, and content that training repeats."""
-    shared, repeated = result["held_out_in_training"], result["repeated"]
-    if shared is None:
+    if result["held_out_in_training"] is None:
         return [("held out", "not compared with training documents: they are of a Megatron corpus (data dedup does)")]
     rows: list[tuple[str, object]] = []
-    if result["leaks"] and remarks:
+    if remarks:
         rows += [("held out", line) for line in result["leaks"]]
-        rows.append(("", "--held-out marks them"))
-    for what, pair in repeated.items():
-        if not pair or not pair[0] or not (remarks or what in ("pictures", "texts")):
-            continue
-        part = f"({pair[0] / pair[1]:.1%})"
-        if what == "ids":
-            rows.append(("repeated", f"{pair[0]:,} of {pair[1]:,} documents {part} have the id of an earlier one"))
-        else:
-            rest = f"{pair[1] - pair[0]:,} are different"
-            rows.append(("repeated", f"{pair[0]:,} of {pair[1]:,} training {what} {part} equal an earlier one: {rest}"))
+        rows += [("", f"`{command}` marks them") for command in result["marked_by"]]
+    said = ("documents", "ids")  # by `data prepare`
+    rows += [("repeated", line) for key, line in result["repetitions"].items() if remarks or key not in said]
     return rows
 
 

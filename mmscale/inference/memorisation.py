@@ -25,7 +25,7 @@ from mmscale.data.prepared.canaries import read_canaries
 from mmscale.data.prepared.encode import Encoded
 from mmscale.data.prepared.manifest import HELD_OUT, TRAIN, Manifest, read_manifest
 from mmscale.data.prepared.questions import encoder_of
-from mmscale.data.prepared.shared_content import comparable, document_key, document_keys
+from mmscale.data.prepared.split_keys import comparable, document_key, document_keys
 from mmscale.data.stream.composites import open_source
 from mmscale.data.stream.mixture import open_mixture
 from mmscale.data.stream.source import Source

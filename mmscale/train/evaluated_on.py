@@ -9,7 +9,7 @@ from typing import Any
 
 from mmscale.config import Config
 from mmscale.data.prepared.leaks import leaks_of
-from mmscale.data.prepared.manifest import Manifest
+from mmscale.data.prepared.manifest import HELD_OUT, Manifest
 from mmscale.data.prepared.named_tasks import having, named_tasks
 from mmscale.data.prepared.prepared_with import other_settings
 from mmscale.data.prepared.tasks import TaskItem, replaced
@@ -54,7 +54,8 @@ class EvaluatedOn:
             lines.append(describe(name, tasks[name], place=place, others=others))
         chances = {name: chance for name, items in tasks.items() if (chance := chance_of(items)) is not None}
         trained = {Path(one.path): blend[Path(one.path)] for one in config.data.sources if one.trained}
-        leaks = leaks_of(trained, dict(blend) | {one.folder: one.manifest for one in sets})
+        whole = {one.folder for one in sets if one.split != HELD_OUT}
+        leaks = leaks_of(trained, dict(blend) | {one.folder: one.manifest for one in sets}, whole=whole)
         lines += [f"note: {line}" for line in (*leaks, *other_settings(config))]
         kept = {"validation": identities_of(sets), "tasks": identities_of_tasks(tasks)}
         fields = as_field(asked) | ({"guessing": chances} if chances else {})

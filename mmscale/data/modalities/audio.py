@@ -149,6 +149,7 @@ class AudioModality:
     """Recordings of one length; settings are `AudioSettings`."""
 
     name: ClassVar[str] = "audio"
+    plural: ClassVar[str] = "recordings"
     suffixes: ClassVar[tuple[str, ...]] = ("wav",)
     written: ClassVar[str] = ".wav"
     files: ClassVar[tuple[str, ...]] = (_SETTINGS, _CODEBOOK)

@@ -39,6 +39,7 @@ class ImageModality:
     """Pictures of one size; settings are `data.prepare.image`."""
 
     name: ClassVar[str] = "image"
+    plural: ClassVar[str] = "pictures"
     suffixes: ClassVar[tuple[str, ...]] = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm")
     written: ClassVar[str] = ".png"
     files: ClassVar[tuple[str, ...]] = (SETTINGS,)  # and the files of the tokenizer's kind

@@ -62,6 +62,7 @@ class Modality(Protocol):
 
     Attributes:
         name: in vocab.modalities, and the `type` of its items in documents.
+        plural: what messages call several items; it may be missing, then they are "NAME items".
         suffixes: of its files in WebDataset archives, without the dot.
         written: suffix of the files that it writes, with the dot.
         files: written by `Codec.save`; needed for downloads from a hub.

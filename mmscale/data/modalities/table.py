@@ -114,6 +114,11 @@ def remarks(name: str, tally: Mapping[str, float], codec: Codec) -> list[str]:
     return found
 
 
+def plural(name: str) -> str:
+    """What messages call several items of a modality."""
+    return str(getattr(MODALITIES.get(name), "plural", f"{name} items"))
+
+
 def decode_item(name: str, codes: Sequence[int] | Codes, codec: Codec | None) -> Values | None:
     """The values of one item's codes; None if the item is incomplete, or its tokenizer cannot decode."""
     numbers = np.asarray(codes, dtype=np.int64)

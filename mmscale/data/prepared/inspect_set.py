@@ -6,7 +6,7 @@ It does not change the data set.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from mmscale.data.modalities.text_tokens import TextTokenizer, open_text_tokeniz
 from mmscale.data.prepared.content_facts import content_facts
 from mmscale.data.prepared.identity import identity_of
 from mmscale.data.prepared.label_masks import label_counts, map_label_counts
-from mmscale.data.prepared.leaks import leaks_of_companion
+from mmscale.data.prepared.leaks import kept_companion
 from mmscale.data.prepared.manifest import Manifest, Part, read_manifest, read_table
 from mmscale.data.prepared.neighbours import (
     NO_NEIGHBOUR,
@@ -36,9 +36,10 @@ from mmscale.data.prepared.neighbours import (
 )
 from mmscale.data.prepared.parts import read_document, total_tallies
 from mmscale.data.prepared.selection import read_selection
-from mmscale.data.prepared.shared_content import comparable, in_training
+from mmscale.data.prepared.shared_content import in_training
+from mmscale.data.prepared.split_keys import comparable
 from mmscale.data.vocab import IMAGE, Vocabulary
-from mmscale.errors import DataError
+from mmscale.errors import DataError, shell_command
 
 _FACTS = ("size", "channels", "grid", "rate")  # attributes of tokenizers to show, if they exist
 _NOT_SHOWN = ("split", "images", "items", "note")  # measured values of a tokenizer that are not shown
@@ -57,7 +58,9 @@ def summary(folder: Path) -> dict[str, Any]:
     manifest = read_manifest(folder, setting="the path")
     text = open_text_tokenizer(folder)
     ranges = dict(zip(manifest.modalities, manifest.ranges, strict=True))
-    facts = content_facts(folder, manifest)
+    facts, companion = content_facts(folder, manifest), kept_companion(folder, manifest)
+    own = [] if facts is None else facts.shared.lines()
+    commands = [shell_command("data", "inspect", folder, "--held-out").strip("`")] if own else []
     return {
         "folder": str(folder),
         "splits": {name: _split_summary(folder, manifest, name) for name in manifest.splits},
@@ -71,33 +74,61 @@ def summary(folder: Path) -> dict[str, Any]:
         "rejected": manifest.rejected,
         "selection": _selection(folder, manifest),
         "neighbours": _tables(folder, manifest),
-        "held_out_in_training": None if facts is None else _lists(asdict(facts.shared)),
-        "leaks": [] if facts is None else [*facts.shared.lines(), *leaks_of_companion(folder, manifest)],
-        "repeated": None if facts is None else _lists(asdict(facts.repeated)),
+        "held_out_in_training": None if facts is None else _lists(facts.shared.named()),
+        "leaks": [*own, *([] if companion is None else companion.lines(folder))],
+        "marked_by": [*commands, *([] if companion is None else companion.marked_by(folder))],
+        "repeated": None if facts is None else _lists(facts.repeated.named()),
+        "repetitions": {} if facts is None else dict(facts.repeated.rows()),
     }
 
 
-def _lists(pairs: dict[str, tuple[int, int] | None]) -> dict[str, list[int] | None]:
+def _lists(pairs: Mapping[str, tuple[int, int] | None]) -> dict[str, list[int] | None]:
     return {key: None if pair is None else list(pair) for key, pair in pairs.items()}
 
 
-def lines(folder: Path, split: str) -> Iterator[str]:
+def lines(folder: Path, split: str, *, trained_on: Path | None = None) -> Iterator[str]:
     """Every document of a split as one line, with marks for its items and for content that training has too.
 
+    Args:
+        folder: the data set.
+        split: name of the split.
+        trained_on: another data set whose training documents held-out ones are compared with; None: its own.
+
     Raises:
-        DataError: the data set is missing or damaged, or there is no such split.
+        DataError: a data set is missing or damaged, there is no such split, or the sets cannot be compared.
     """
     manifest = read_manifest(folder, setting="the path")
     if split not in manifest.splits:
         raise DataError(f"data: {folder} has no split {split!r}", remedy=f"one of {', '.join(manifest.splits)}")
     text = open_text_tokenizer(folder)
-    known = in_training(folder, manifest) if split == VALIDATION and comparable(manifest) else frozenset()
+    trained = None if trained_on is None else (trained_on, _other_set(folder, manifest, trained_on))
+    known: frozenset[int] = frozenset()
+    if split == VALIDATION and comparable(manifest):
+        known = in_training(folder, manifest, trained=trained)
+    where = "training" if trained_on is None else f"training of {trained_on}"
     number = 0
     for part in manifest.splits[split].parts:
         for index in range(part.documents):
-            mark = "  (in training too)" if number in known else ""
+            mark = f"  (in {where} too)" if number in known else ""
             yield _marked(read_document(folder, part, index), text, manifest).replace("\n", " ") + mark
             number += 1
+
+
+def _other_set(folder: Path, manifest: Manifest, other: Path) -> Manifest:
+    """The manifest of a data set whose tokens can be compared with those of `folder`."""
+    found = read_manifest(other, setting="--trained-on")
+    if not (comparable(manifest) and comparable(found)):
+        raise DataError(
+            "data inspect --trained-on: documents of a Megatron corpus are not compared",
+            remedy="`mmscale data dedup` compares them",
+        )
+    common = manifest.tokenizers.keys() & found.tokenizers.keys()
+    if manifest.vocabulary != found.vocabulary or any(manifest.tokenizers[n] != found.tokenizers[n] for n in common):
+        raise DataError(
+            f"data inspect --trained-on: {other} and {folder} have other tokenizers, so equal content has other tokens",
+            remedy=f"prepare it like the other one: data prepare --like {folder}",
+        )
+    return found
 
 
 def _split_summary(folder: Path, manifest: Manifest, name: str) -> dict[str, Any]:

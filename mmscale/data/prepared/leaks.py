@@ -1,23 +1,26 @@
-"""What held-out documents share with training documents, as `data prepare` found it, as lines for people.
+"""What evaluated documents share with training documents, of all pairs of data sets of a run, as lines for people.
 
-`data prepare` compares (content_facts.py, remarks.py) and keeps the result beside the data. The start of a run,
-`data inspect`, reports and model cards repeat these lines. Nothing is compared again here.
+`data prepare` keeps keys of the content of a set beside the data (content_facts.py). The start of a run compares the
+keys of every set that it trains on with those of every set that it evaluates; `data inspect RUN`, reports and model
+cards repeat its lines. `data prepare --like` compares two sets in both directions, which `data inspect` repeats.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mmscale import bounded
 from mmscale.data.documents.schema import TRAIN, VALIDATION
-from mmscale.data.prepared.content_facts import kept_facts
+from mmscale.data.prepared.content_facts import SetKeys, content_keys, kept_facts, kept_keys, shared_from
 from mmscale.data.prepared.identity import identity_of
 from mmscale.data.prepared.manifest import Manifest
-from mmscale.data.prepared.shared_content import Shared
+from mmscale.data.prepared.shared_content import Shared, common_content
+from mmscale.data.prepared.split_keys import comparable
+from mmscale.errors import shell_command
 from mmscale.runtime.atomic_files import write_atomic
 
 log = logging.getLogger(__name__)
@@ -25,64 +28,121 @@ log = logging.getLogger(__name__)
 _FILE = ".cache/companion.json"  # inside the data set
 
 
-def leaks_of(trained: Mapping[Path, Manifest], evaluated: Mapping[Path, Manifest]) -> list[str]:
-    """One line for each kind of content that is trained on and held out.
+def leaks_of(
+    trained: Mapping[Path, Manifest], evaluated: Mapping[Path, Manifest], *, whole: Collection[Path] = ()
+) -> list[str]:
+    """One line for each kind of content that is trained on and evaluated, and for each set that cannot be compared.
 
     Args:
         trained: manifests of the data sets that are trained on, by folder.
         evaluated: of those whose held-out documents are evaluated.
+        whole: those of `evaluated` of which all documents are evaluated, because they hold out none.
     """
-    lines = []
-    for folder, manifest in trained.items():
-        facts = kept_facts(folder, manifest) if folder in evaluated else None
-        lines += facts.shared.lines(of=str(folder)) if facts is not None else []
-        lines += leaks_of_companion(folder, manifest, evaluated=evaluated)
-    return lines
+    lines: list[str] = []
+    keys: dict[Path, SetKeys | None] = {}
+    for here, manifest in trained.items():
+        for other, found in evaluated.items():
+            split = TRAIN if other in whole else VALIDATION
+            if not (_has(manifest, TRAIN) and _has(found, split)):
+                continue
+            if here == other:
+                facts = kept_facts(here, manifest)
+                lines += [] if facts is None else facts.shared.lines(of=str(here))
+                if facts is None and comparable(manifest):
+                    keys[here] = None
+                continue
+            for folder, own in ((here, manifest), (other, found)):
+                if folder not in keys:
+                    keys[folder] = kept_keys(folder, own)
+            train, evaluation = keys[here], keys[other]
+            if train is not None and evaluation is not None:
+                shared = common_content(evaluation[split], train[TRAIN])
+                lines += shared.lines(of=str(other), here=str(here), held_out=split == VALIDATION)
+    manifests = {**trained, **evaluated}
+    return lines + [_not_compared(folder, manifests[folder]) for folder, own in keys.items() if own is None]
 
 
-def leaks_of_companion(
-    folder: Path, manifest: Manifest, *, evaluated: Mapping[Path, Manifest] | None = None
-) -> list[str]:
-    """Lines about held-out documents of the set that this one was prepared like (`data prepare --like`).
+def _has(manifest: Manifest, split: str) -> bool:
+    return split in manifest.splits and manifest.splits[split].documents > 0
+
+
+def _not_compared(folder: Path, manifest: Manifest) -> str:
+    if not comparable(manifest):
+        return f"{folder} is not compared with other data sets: it is a Megatron corpus. `mmscale data dedup` compares"
+    return (
+        f"held-out documents are not compared with training documents where {folder} is concerned, whose .cache is "
+        f"missing or of an older version: {shell_command('data', 'inspect', folder)} makes it"
+    )
+
+
+@dataclass(frozen=True)
+class Companion:
+    """What a data set and the one that it was prepared like have in common.
+
+    Attributes:
+        path: of the other one.
+        trains: what it holds out and this one trains on.
+        holds_out: what this one holds out and it trains on.
+    """
+
+    path: Path
+    trains: Shared
+    holds_out: Shared
+
+    def lines(self, folder: Path) -> list[str]:
+        """Lines for people; `folder` is this data set."""
+        return [
+            *self.trains.lines(of=str(self.path), here=str(folder)),
+            *self.holds_out.lines(of=str(folder), here=str(self.path)),
+        ]
+
+    def marked_by(self, folder: Path) -> list[str]:
+        """Commands that list the held-out documents in question and mark them."""
+        pairs = [(self.trains, self.path, folder), (self.holds_out, folder, self.path)]
+        return [
+            shell_command("data", "inspect", owner, "--held-out", "--trained-on", place).strip("`")
+            for found, owner, place in pairs
+            if found.lines()
+        ]
+
+
+def compare_companion(folder: Path, manifest: Manifest, like: Path, other: Manifest) -> Companion | None:
+    """Compare a data set with the one that it was prepared like, in both directions, and keep the result.
+
+    A folder that cannot be written to is not an error.
 
     Args:
         folder: the data set.
         manifest: of it.
-        evaluated: data sets whose held-out documents are evaluated; None: the other set need not be one of them.
-    """
-    try:
-        content = bounded.read_object(folder / _FILE)
-        if content["of"] != identity_of(folder, manifest, split=TRAIN):
-            return []
-        others = (evaluated or {}).items()
-        if evaluated is not None and content["held_out"] not in {
-            identity_of(other, found, split=VALIDATION) for other, found in others
-        }:
-            return []
-        shared = Shared(**{name: (int(pair[0]), int(pair[1])) for name, pair in content["shared"].items()})
-        return shared.lines(of=str(content["path"]), here=str(folder))
-    except (OSError, *bounded.BAD_CONTENT):
-        return []
-
-
-def keep_companion(folder: Path, manifest: Manifest, like: Path, other: Manifest, found: Shared) -> None:
-    """Keep what a comparison with another data set found; a folder that cannot be written to is not an error.
-
-    Args:
-        folder: the data set that trains.
-        manifest: of it.
-        like: the data set that holds out.
+        like: the other one.
         other: its manifest.
-        found: what both have.
+
+    Returns:
+        None: one of them is of a Megatron corpus.
     """
-    content = {
-        "of": identity_of(folder, manifest, split=TRAIN),
-        "held_out": identity_of(like, other, split=VALIDATION),
-        "path": str(like),
-        "shared": asdict(found),
-    }
+    own, others = content_keys(folder, manifest), content_keys(like, other)
+    if own is None or others is None:
+        return None
+    trains, holds_out = (common_content(a[VALIDATION], b[TRAIN]) for a, b in ((others, own), (own, others)))
+    content = {"of": _of(folder, manifest), "path": str(like), "trains": asdict(trains), "holds_out": asdict(holds_out)}
     try:
         (folder / _FILE).parent.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / _FILE, json.dumps(content))
     except OSError as error:
-        log.warning("data: %s cannot be written: runs do not repeat its remarks: %s", folder / _FILE, error)
+        log.warning("data: %s cannot be written: data inspect does not repeat its remarks: %s", folder / _FILE, error)
+    return Companion(like, trains, holds_out)
+
+
+def kept_companion(folder: Path, manifest: Manifest) -> Companion | None:
+    """What `compare_companion` found; None: nothing is kept, or it is of other documents or of an older version."""
+    try:
+        content = bounded.read_object(folder / _FILE)
+        if content["of"] != _of(folder, manifest):
+            return None
+        return Companion(Path(str(content["path"])), shared_from(content["trains"]), shared_from(content["holds_out"]))
+    except (OSError, *bounded.BAD_CONTENT):
+        return None
+
+
+def _of(folder: Path, manifest: Manifest) -> list[str]:
+    return [identity_of(folder, manifest, split=split) for split in (TRAIN, VALIDATION)]

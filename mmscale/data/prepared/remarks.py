@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from mmscale.data.documents.schema import TRAIN
 from mmscale.data.modalities.modality import Codec
 from mmscale.data.modalities.table import remarks
 from mmscale.data.prepared.content_facts import content_facts
 from mmscale.data.prepared.encode import text_remarks
-from mmscale.data.prepared.leaks import keep_companion
+from mmscale.data.prepared.leaks import compare_companion
 from mmscale.data.prepared.manifest import TEXT, Manifest, read_manifest
 from mmscale.data.prepared.parts import total_tallies
-from mmscale.data.prepared.shared_content import comparable, shared_with
 from mmscale.errors import DataError
 
 
@@ -34,15 +32,14 @@ def remarks_on(folder: Path, manifest: Manifest, codecs: Mapping[str, Codec], *,
 
 
 def _of_companion(folder: Path, manifest: Manifest, like: Path | None) -> list[str]:
-    """Whether this data set trains on what the one with the same tokenizers holds out."""
-    if like is None or TRAIN not in manifest.splits:
+    """What one of this data set and the one with the same tokenizers trains on and the other one holds out."""
+    if like is None:
         return []
     try:
         other = read_manifest(like)
     except DataError:  # only its tokenizers are left
         return []
-    if other.tokenizers != manifest.tokenizers or not (comparable(manifest) and comparable(other)):
+    if other.tokenizers != manifest.tokenizers:
         return []
-    found = shared_with(folder, manifest, like, other)
-    keep_companion(folder, manifest, like, other, found)
-    return found.notes(of=str(like), here=str(folder))
+    found = compare_companion(folder, manifest, like, other)
+    return [] if found is None else [f"note: {line}" for line in found.lines(folder)]

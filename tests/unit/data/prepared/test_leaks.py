@@ -11,14 +11,13 @@ import pytest
 from launch.goodput import goodput
 from mmscale.cli import main
 from mmscale.config import Config
-from mmscale.data.prepared.leaks import leaks_of
-from mmscale.data.prepared.manifest import read_blend, read_manifest
+from mmscale.data.prepared.manifest import read_blend
 from mmscale.data.prepared.prepare import prepare
 from mmscale.report import page
 from mmscale.runs.recorded_leaks import leaks_in
 from mmscale.train.evaluated_on import EvaluatedOn
 from tests.unit.data.prepared.test_shared_content import documents
-from tests.unit.data.samples import config
+from tests.unit.data.samples import config, write_jsonl
 
 REMEDY = 'Give such documents the same "group" and prepare again'
 
@@ -50,17 +49,17 @@ def test_a_run_says_and_records_it(grouped: bool, tmp_path: Path) -> None:
         assert lines == []
         return
     pictures, texts = lines
-    assert "items (" in pictures and "pure texts (" in texts
+    assert "pictures (" in pictures and "pure texts (" in texts
     assert all(f"%) of held-out documents of {out} are in training documents too" in line for line in lines)
     assert all(REMEDY in line for line in lines)
 
 
 def test_what_is_not_trained_on_leaks_nothing(tmp_path: Path) -> None:
     """Not the training documents of a set that is only evaluated."""
-    leaking, other = (
-        prepared(tmp_path / name, grouped=grouped, text={"kind": "bytes"})
-        for name, grouped in (("a", False), ("b", True))
-    )
+    leaking = prepared(tmp_path / "a", grouped=False, text={"kind": "bytes"})
+    records = [{"id": str(n), "content": [{"type": "text", "text": f"other {n}"}]} for n in range(40)]
+    file, other = write_jsonl(tmp_path / "b" / "d.jsonl", records), tmp_path / "b" / "out"
+    prepare(config(documents=[str(file)], held_out=0.3, text={"kind": "bytes"}), other, progress=False)
     assert len(said(on({"path": str(leaking)}, {"path": str(other)}))) == 2
     assert said(on({"path": str(leaking), "weight": 0}, {"path": str(other)})) == []
     assert said(on({"path": str(other)}, validation={"web": str(leaking)})) == []
@@ -78,8 +77,110 @@ def test_a_set_that_trains_on_what_another_holds_out(tmp_path: Path, capsys: pyt
     assert said(on({"path": str(second)})) == []  # nobody reads what the first one holds out
     assert main(["data", "inspect", str(second)]) == 0
     assert f"of {first} are in training documents of {second} too" in " ".join(capsys.readouterr().out.split())
-    prepare(config(documents=[str(documents(tmp_path / "new", grouped=True))], held_out=0.3), second, overwrite=True)
-    assert leaks_of({second: read_manifest(second)}, {first: read_manifest(first)}) == []
+    other = config(documents=[str(documents(tmp_path / "new", grouped=True))], held_out=0.0)
+    prepare(other, second, overwrite=True)
+    assert main(["data", "inspect", str(second)]) == 0
+    assert f"of {first}" not in " ".join(capsys.readouterr().out.split())  # a set that was prepared like nothing
+
+
+@pytest.fixture
+def reversed_sets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> tuple[Path, Path, str]:
+    """Two sets of one document file: what the first one trains on the second one holds out. And what prepare says."""
+    file = documents(tmp_path / "in", grouped=True)
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    for name, low in (("train", 30), ("validation", 0)):
+        own = [
+            one | {"split": "validation" if low <= int(one["group"]) < low + 10 else "train"}
+            for one in records
+            if name == "train" or int(one["group"]) < 20
+        ]
+        write_jsonl(tmp_path / "in" / f"{name}.jsonl", own)
+    first, second = tmp_path / "first", tmp_path / "second"
+    prepare(config(documents=[str(tmp_path / "in" / "train.jsonl")]), first, progress=False)
+    capsys.readouterr()
+    arguments = ["--documents", str(tmp_path / "in" / "validation.jsonl"), "--like", str(first), "--out", str(second)]
+    assert main(["data", "prepare", *arguments]) == 0
+    return first, second, capsys.readouterr().err
+
+
+def test_the_other_direction_is_said_at_prepare(reversed_sets: tuple[Path, Path, str]) -> None:
+    """Held-out documents of the new set in training documents of the one that it is prepared like."""
+    first, second, err = reversed_sets
+    assert f"note: 20 of 20 pictures (100.0%) of held-out documents of {second} are in training documents of" in err
+    assert f"training documents of {first} too" in err and f"held-out documents of {first}" not in err
+
+
+@pytest.mark.parametrize("how", ["blend", "reversed", "validation", "evaluated only", "trained only"])
+def test_every_pair_of_sets_of_a_run_is_compared(how: str, reversed_sets: tuple[Path, Path, str]) -> None:
+    first, second, _ = reversed_sets
+    one, two = {"path": str(first)}, {"path": str(second)}
+    made = {
+        "blend": lambda: on(one, two),
+        "reversed": lambda: on(two, one),
+        "validation": lambda: on(one, validation={"rev": str(second)}),
+        "evaluated only": lambda: on(one, two | {"weight": 0}),
+        "trained only": lambda: on(two),
+    }[how]()
+    lines = said(made)
+    assert len(lines) == (0 if how == "trained only" else 2), lines
+    assert all(f"of held-out documents of {second} are in training documents of {first} too" in line for line in lines)
+
+
+def test_documents_of_a_validation_set_without_held_out_ones(tmp_path: Path) -> None:
+    """All of its documents are evaluated, and those that are trained on count."""
+    out = prepared(tmp_path, grouped=True, text={"kind": "bytes"})
+    whole, settings = tmp_path / "whole", {"held_out": 0.0, "text": {"kind": "bytes"}}
+    prepare(config(documents=[str(tmp_path / "in" / "d.jsonl")], **settings), whole, progress=False)
+    lines = said(on({"path": str(out)}, validation={"web": str(whole)}))
+    assert len(lines) == 2 and all(
+        f"of documents of {whole} are in training documents of {out} too" in one for one in lines
+    )
+
+
+@pytest.mark.parametrize("lost", ["missing", "damaged", "of other documents"])
+def test_sets_without_facts_are_not_compared(lost: str, reversed_sets: tuple[Path, Path, str]) -> None:
+    first, second, _ = reversed_sets
+    file = second / ".cache" / "keys.npy"
+    if lost == "missing":
+        file.unlink()
+    elif lost == "damaged":
+        file.write_bytes(b"x" * 40)
+    else:
+        file.write_bytes((first / ".cache" / "keys.npy").read_bytes())
+    (line,) = said(on({"path": str(first)}, {"path": str(second)}))
+    assert (
+        f"not compared with training documents where {second} is concerned" in line
+        and f"mmscale data inspect {second}" in line
+    )
+    assert main(["data", "inspect", str(second)]) == 0
+    assert len(said(on({"path": str(first)}, {"path": str(second)}))) == 2
+
+
+def test_a_set_of_an_earlier_version_is_not_compared_with_itself(tmp_path: Path) -> None:
+    out = prepared(tmp_path, grouped=False)
+    (out / ".cache" / "content.json").write_text('{"shared": {"pictures": [1, 2], "texts": [0, 1]}}')
+    (line,) = said(on({"path": str(out)}))
+    assert "not compared" in line
+    assert main(["data", "inspect", str(out)]) == 0
+    assert len(said(on({"path": str(out)}))) == 2
+
+
+def test_the_command_that_inspect_names_marks_them(
+    reversed_sets: tuple[Path, Path, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second, _ = reversed_sets
+    assert main(["data", "inspect", str(second), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["leaks"]) == 2
+    (command,) = found["marked_by"]
+    assert command == f"mmscale data inspect {second} --held-out --trained-on {first}"
+    assert main(command.split()[1:]) == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert listed and all(line.endswith(f"(in training of {first} too)") for line in listed)
+    assert main(["data", "inspect", str(second), "--held-out"]) == 0
+    assert "(in training" not in capsys.readouterr().out
+    assert main(["data", "inspect", str(first), "--trained-on", str(second)]) == 2
+    assert "--trained-on" in capsys.readouterr().err
 
 
 def test_inspect_says_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,7 @@ from mmscale.data.prepared.manifest import read_manifest
 from mmscale.data.prepared.prepare import prepare
 from mmscale.data.prepared.repeated_ids import keep_ids, repeated_ids
 from mmscale.data.prepared.shared_content import shared_content
+from tests.unit.data.modalities.test_audio import tone, wav
 from tests.unit.data.samples import config, image, save_picture, text, write_jsonl
 
 
@@ -88,10 +89,42 @@ def test_what_training_repeats_is_counted_and_said_once(
     assert "note: 12 of 40 training documents (30.0%)" in capsys.readouterr().err  # it is still true
     # Comparing takes seconds on large data, and inspect finds what prepare has kept, but never of other documents.
     with monkeypatch.context() as patched:
-        patched.setattr(content_facts, "content_of_splits", None)
+        patched.setattr(content_facts, "keys_of", None)
         assert summary(out)["repeated"] == repeated
     prepare(config(documents=[str(documents(tmp_path / "other", grouped=True))], held_out=0.0), out, overwrite=True)
     assert summary(out)["repeated"]["documents"] == [14, 134]
+
+
+def test_each_modality_has_its_own_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """8 recordings of 2 kinds and 12 pictures of 3 kinds; held out are one recording and one picture that repeat."""
+    for n in range(3):
+        save_picture(tmp_path / f"{n}.png", n)
+        (tmp_path / f"{n}.wav").write_bytes(wav(tone(300.0 + 800 * n)))
+    records = [{"id": f"i{n}", "content": [text(f"p{n}"), image(f"{n % 3}.png")], "split": "train"} for n in range(12)]
+    sounds = [{"type": "audio", "path": f"{n % 2}.wav"} for n in range(8)]
+    records += [{"id": f"s{n}", "content": [text(f"s{n}"), one], "split": "train"} for n, one in enumerate(sounds)]
+    records += [{"id": "h", "content": [text("h"), image("0.png"), sounds[1]], "split": "validation"}]
+    file, out = write_jsonl(tmp_path / "d.jsonl", records), tmp_path / "out"
+    kinds = "{name: text, size: 300}, {name: image, size: 16}, {name: audio, size: 64, marks: true}"
+    images = [f"data.prepare.image.{one}" for one in ("kind=levels", "size=4", "channels=1")]
+    command = ["data", "prepare", "--documents", str(file), "--out", str(out), f"vocab.modalities=[{kinds}]", *images]
+    assert main(command) == 0
+    printed = capsys.readouterr()
+    assert "1 of 1 pictures (100.0%) of held-out documents are in training documents too" in printed.err
+    assert "1 of 1 recordings (100.0%) of held-out documents are in training documents too" in printed.err
+    assert "Equal tokens are counted, not equal files" in printed.err
+    said = " ".join(printed.out.split())
+    assert "9 of 12 training pictures (75.0%) equal an earlier one: 3 are different (equal tokens, not equal" in said
+    assert "6 of 8 training recordings (75.0%) equal an earlier one: 2 are different" in said
+    found = summary(out)
+    assert found["repeated"] == {
+        "documents": [0, 20],
+        "pictures": [9, 12],
+        "audio": [6, 8],
+        "texts": [0, 0],
+        "ids": [0, 21],
+    }
+    assert found["held_out_in_training"] == {"pictures": [1, 1], "audio": [1, 1], "texts": [0, 0]}
 
 
 def test_a_set_of_an_earlier_version_has_no_ids(tmp_path: Path) -> None:
@@ -120,7 +153,7 @@ def test_remarks_are_not_printed_twice(tmp_path: Path, capsys: pytest.CaptureFix
         assert "equal an earlier one: 4 are different" in printed.out
     assert main(["data", "inspect", out]) == 0
     printed = capsys.readouterr()
-    assert "were not square" in printed.out and "--held-out marks them" in printed.out
+    assert "were not square" in printed.out and "--held-out` marks them" in " ".join(printed.out.split())
     assert main(["data", "inspect", out, "--held-out"]) == 0
     marked = [line.endswith("(in training too)") for line in capsys.readouterr().out.splitlines()]
     assert marked and all(marked)  # 4 pictures in 40 documents
@@ -136,7 +169,7 @@ def test_training_on_what_the_companion_holds_out_is_said(tmp_path: Path, capsys
     assert main([*arguments, "data.prepare.held_out=0"]) == 0
     said = capsys.readouterr().err
     held_out = shared_content(first, read_manifest(first)).pictures[1]
-    assert f"note: {held_out} of {held_out} items (100.0%) of held-out documents of {first}" in said
+    assert f"note: {held_out} of {held_out} pictures (100.0%) of held-out documents of {first}" in said
     assert f"in training documents of {second} too" in said
 
 

@@ -35,7 +35,8 @@ class Facts:
     """Facts about the documents.
 
     Attributes:
-        where: folder of a prepared data set, or document files.
+        where: folders of prepared data sets, or document files.
+        tokens_of: training tokens of each of these folders, if the documents are prepared.
         documents: number of them.
         characters: of text in all documents; None: unknown, because they are already prepared.
         text_ids: ids that a text tokenizer can learn from these texts, with special tokens and bytes; None: unknown.
@@ -71,6 +72,7 @@ class Facts:
     marked: tuple[str, ...] = ()
     reserved: bool = False
     tokens: dict[str, int] | None = None
+    tokens_of: tuple[int, ...] = ()
     longest: int | None = None
     held_out: int | None = None
     rejected: int = 0

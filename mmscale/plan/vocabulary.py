@@ -22,13 +22,22 @@ TEXT, IMAGE = "text", "image"
 
 
 def of_prepared(found: Proposal, facts: Facts) -> dict[str, int]:
-    """Add the vocabulary of a prepared data set to a proposal; returns the ids of each modality."""
+    """Add prepared data sets and their vocabulary to a proposal; returns the ids of each modality."""
     ids = dict(facts.ids or {})
-    found.settings["data"] = {"path": facts.where[0]}
+    found.settings["data"] = _data_of(facts)
     found.settings["vocab"] = {"modalities": _modalities(ids, facts.marked)}
     if facts.reserved:
         found.settings["vocab"]["reserved"] = True
     return ids
+
+
+def _data_of(facts: Facts) -> dict[str, Any]:
+    """`data`: a path, or a blend in which every set is read as often as the others."""
+    if len(facts.where) == 1:
+        return {"path": facts.where[0]}
+    total = max(1, sum(facts.tokens_of))
+    pairs = zip(facts.where, facts.tokens_of, strict=True)
+    return {"blend": [{"path": path, "weight": max(1e-6, round(tokens / total, 6))} for path, tokens in pairs]}
 
 
 def of_documents(found: Proposal, facts: Facts, *, affordable: float, name: str) -> dict[str, int]:

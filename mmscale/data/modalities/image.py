@@ -16,6 +16,7 @@ from mmscale.config import PrepareConfig
 from mmscale.data.modalities import image_kinds, image_tokens
 from mmscale.data.modalities.image_files import (
     ENLARGED,
+    FRAMES,
     LOST,
     OBLONG,
     PICTURES,
@@ -79,7 +80,7 @@ class ImageModality:
 
     @staticmethod
     def read_counted(source: Any, codec: Any, tally: Tally) -> NDArray[np.uint8]:
-        """The same as `read`; counts pictures that were not square, not opaque, or too small."""
+        """The same as `read`; counts pictures that were not square, not opaque, too small, or one of several frames."""
         return read_pixels(source, size=codec.size, channels=codec.channels, fitting=codec.fitting, tally=tally)
 
     @staticmethod
@@ -89,7 +90,7 @@ class ImageModality:
 
     @staticmethod
     def remarks(tally: Mapping[str, float], codec: Any) -> list[str]:
-        """Sentences about pictures that were not square, not opaque or too small, and how they were converted."""
+        """Sentences about pictures that were not square, not opaque, too small or one of several frames."""
         found, count, fitting = [], int(tally.get(PICTURES, 0)), codec.fitting
         if oblong := int(tally.get(OBLONG, 0)):
             done = IMAGE_FITS[fitting.fit].done.format(share=f"{tally.get(LOST, 0) / oblong:.0%}")
@@ -108,6 +109,11 @@ class ImageModality:
             found.append(
                 f"{enlarged:,} of {count:,} pictures {_were(enlarged)} smaller than {codec.size} x {codec.size}: they "
                 "are enlarged (data.prepare.image.size)"
+            )
+        if several := int(tally.get(FRAMES, 0)):
+            found.append(
+                f"{several:,} of {count:,} pictures {'has' if several == 1 else 'have'} several frames (animations or "
+                "pages): only the first one is used"
             )
         return found
 

@@ -38,6 +38,9 @@ _DEFAULT = Fitting()
 Colour = tuple[int, int, int]  # red, green, blue, 0..255
 # Keys of the tally of read pictures. LOST is the sum of 1 - short side / long side over pictures that are not square.
 PICTURES, OBLONG, TRANSPARENT, LOST, ENLARGED = "pictures", "oblong", "transparent", "lost", "enlarged"
+FRAMES = "frames"  # pictures with several frames
+# Formats with animations or pages. In JPEG files of phones further pictures are previews of the first one.
+_WITH_FRAMES = ("GIF", "PNG", "WEBP", "TIFF", "AVIF")
 
 
 def read_pixels(
@@ -58,7 +61,8 @@ def read_pixels(
         size: edge of the result [pixels].
         channels: 1 (grey) or 3 (RGB).
         fitting: how other proportions are converted, and the colour under transparency.
-        tally: counts pictures, and those that were not square, had transparent pixels, or were enlarged.
+        tally: counts pictures, and those that were not square, had transparent pixels or several frames, or were
+            enlarged.
 
     Returns:
         uint8 [size, size, channels]
@@ -73,12 +77,13 @@ def read_pixels(
                 _check_bounds(opened)
                 shown = _upright(opened)
                 picture, transparent = _convert(shown, channels, fitting.background)
+                several = tally is not None and _has_frames(opened)
     except Exception as error:  # Pillow's plugins raise almost anything on damaged files, struct.error included
         raise ValueError(str(error) or type(error).__name__) from error
     if tally is not None:
         short, long = sorted(picture.size)
         scaled = long if fitting.fit == "pad" else short  # the side that becomes `size`
-        seen = {PICTURES: 1, OBLONG: short != long, TRANSPARENT: transparent, LOST: 1 - short / long}
+        seen = {PICTURES: 1, OBLONG: short != long, TRANSPARENT: transparent, LOST: 1 - short / long, FRAMES: several}
         count(tally, seen | {ENLARGED: scaled < size})
     if picture.size != (size, size):
         picture = FITS[fitting.fit](picture, size, fitting.background)
@@ -90,6 +95,16 @@ def open_image(source: Path | bytes | NDArray[Any]) -> PIL.Image.Image:
     if isinstance(source, np.ndarray):
         return PIL.Image.fromarray(source.squeeze(-1) if source.ndim == 3 and source.shape[-1] == 1 else source)
     return PIL.Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_formats())
+
+
+def _has_frames(opened: PIL.Image.Image) -> bool:
+    """Whether a file has more frames than the first, which was read."""
+    if opened.format not in _WITH_FRAMES:
+        return False
+    try:
+        return bool(getattr(opened, "is_animated", False))
+    except Exception:  # the next frame is damaged, and the first one is not
+        return True
 
 
 @functools.cache

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
@@ -22,7 +23,7 @@ from mmscale.data.modalities.modality import Report, Sample
 from mmscale.data.modalities.table import MODALITIES
 from mmscale.data.modalities.text_tokens import TextTokenizer
 from mmscale.data.prepared.identity import identity_of
-from mmscale.data.prepared.manifest import HELD_OUT, MANIFEST, TRAIN, parts_of, read_manifest
+from mmscale.data.prepared.manifest import HELD_OUT, MANIFEST, TRAIN, common_tokenizers, parts_of, read_manifest
 from mmscale.data.prepared.selection import read_selection
 from mmscale.data.prepared.table_facts import table_facts
 from mmscale.data.vocab import IMAGE
@@ -36,23 +37,52 @@ _ITEMS = 16  # items read of each other modality, to find out how many tokens th
 
 
 def survey(where: Sequence[str]) -> Facts:
-    """Facts about a prepared data set's folder, or about document files.
+    """Facts about folders of prepared data sets, or about document files.
 
     Args:
-        where: one folder, or files (globs allowed).
+        where: folders, or files (globs allowed).
 
     Raises:
-        DataError: they are missing or damaged, or hold no documents.
+        DataError: they are missing or damaged, hold no documents, or cannot be blended.
     """
-    if len(where) == 1 and Path(where[0]).is_dir():
-        folder = Path(where[0])
-        if not (folder / MANIFEST).is_file():
+    prepared = [Path(one) for one in where if (Path(one) / MANIFEST).is_file()]
+    if len(where) == 1 and Path(where[0]).is_dir() and not prepared:
+        raise DataError(
+            f"data: {where[0]} is a folder without a prepared data set",
+            remedy=f"name the document files instead: --data '{where[0]}/*.jsonl'",
+        )
+    if not prepared:
+        return _of_files(where)
+    if len(prepared) < len(where):
+        other = next(one for one in where if Path(one) not in prepared)
+        raise DataError(
+            f"data: prepared data sets and document files together: {other} is no prepared data set",
+            remedy=f"prepare it first: mmscale data prepare --documents ... --like {prepared[0]} --out DIR",
+        )
+    facts = [_of_folder(folder) for folder in dict.fromkeys(prepared)]
+    return facts[0] if len(facts) == 1 else _of_blend(facts)
+
+
+def _of_blend(facts: Sequence[Facts]) -> Facts:
+    """Facts about several prepared data sets together."""
+    first, *others = facts
+    for one in others:
+        if (one.ids, one.marked, one.reserved) != (first.ids, first.marked, first.reserved):
             raise DataError(
-                f"data: {folder} is a folder without a prepared data set",
-                remedy=f"name the document files instead: --data '{folder}/*.jsonl'",
+                f"data: {one.where[0]} has other ids than {first.where[0]}",
+                remedy=f"prepare it again with --like {first.where[0]} to mix both",
             )
-        return _of_folder(folder)
-    return _of_files(where)
+    common_tokenizers({Path(one.where[0]): read_manifest(Path(one.where[0])).tokenizers for one in facts})
+    return replace(
+        first,
+        where=tuple(one.where[0] for one in facts),
+        documents=sum(one.documents for one in facts),
+        images=sum(one.images for one in facts),
+        tokens={name: sum((one.tokens or {}).get(name, 0) for one in facts) for name in first.tokens or {}},
+        tokens_of=tuple(number for one in facts for number in one.tokens_of),
+        longest=max(one.longest or 0 for one in facts),
+        held_out=sum(one.held_out or 0 for one in facts),
+    )
 
 
 def _of_folder(folder: Path) -> Facts:
@@ -75,6 +105,7 @@ def _of_folder(folder: Path) -> Facts:
         marked=manifest.marked,
         reserved=manifest.reserved,
         tokens=tokens,
+        tokens_of=(sum(tokens.values()),),
         longest=longest,
         held_out=manifest.splits[HELD_OUT].documents if HELD_OUT in manifest.splits else 0,
     )

@@ -20,6 +20,8 @@ import numpy as np
 from mmscale import bounded
 from mmscale.data.arrays import parse_array
 from mmscale.data.documents.schema import TRAIN, VALIDATION
+from mmscale.data.prepared.group_splits import SUFFIX as GROUPS
+from mmscale.data.prepared.group_splits import GroupSplits, group_splits
 from mmscale.data.prepared.identity import identity_of
 from mmscale.data.prepared.manifest import Manifest
 from mmscale.data.prepared.parts import DONE
@@ -41,14 +43,19 @@ SetKeys = Mapping[str, ContentKeys]  # by split
 
 @dataclass(frozen=True)
 class ContentFacts:
-    """What the splits have in common, and what training repeats."""
+    """What the splits have in common, what training repeats, and groups in both splits (None: unknown)."""
 
     shared: Shared
     repeated: Repeated
+    groups: GroupSplits | None = None
+
+    def leaks(self, *, of: str = "") -> list[str]:
+        """Lines about what is trained on and held out; `of` is the data set."""
+        return [*self.shared.lines(of=of), *(self.groups or GroupSplits()).lines(of=of)]
 
     def notes(self) -> list[str]:
         """Notes for the user."""
-        return [*self.shared.notes(), *self.repeated.notes()]
+        return [*(f"note: {line}" for line in self.leaks()), *self.repeated.notes()]
 
 
 def content_facts(folder: Path, manifest: Manifest) -> ContentFacts | None:
@@ -75,7 +82,10 @@ def kept_facts(folder: Path, manifest: Manifest) -> ContentFacts | None:
     """The facts if they were computed for these documents before."""
     try:
         content = _content(folder, manifest)
-        return None if content is None else ContentFacts(shared_from(content["shared"]), _repeated(content["repeated"]))
+        if content is None:
+            return None
+        groups = None if content["groups"] is None else _groups(content["groups"])
+        return ContentFacts(shared_from(content["shared"]), _repeated(content["repeated"]), groups)
     except (OSError, *bounded.BAD_CONTENT):
         return None
 
@@ -119,9 +129,11 @@ def _by_split(counts: Any, keys: Keys) -> SetKeys:
 def _computed(folder: Path, manifest: Manifest, keys: Mapping[str, SplitKeys]) -> ContentFacts:
     names = {Path(part.prefix).name for split in manifest.splits.values() for part in split.parts}
     documents = sum(split.documents for split in manifest.splits.values())
-    ids = repeated_ids([folder / DONE / f"{name}{SUFFIX}" for name in sorted(names)], documents=documents)
+    done = [folder / DONE / name for name in sorted(names)]
+    ids = repeated_ids([file.with_name(f"{file.name}{SUFFIX}") for file in done], documents=documents)
+    groups = group_splits(file.with_name(f"{file.name}{GROUPS}") for file in done)
     shared = common_content(keys[VALIDATION], keys[TRAIN])
-    return ContentFacts(shared, replace(repeated_content(keys[TRAIN]), ids=ids))
+    return ContentFacts(shared, replace(repeated_content(keys[TRAIN]), ids=ids), groups)
 
 
 def shared_from(content: Any) -> Shared:
@@ -137,6 +149,10 @@ def _repeated(content: Any) -> Repeated:
     items = {str(name): _pair(own) for name, own in content["items"].items()}
     ids = None if content["ids"] is None else _pair(content["ids"])
     return Repeated(_pair(content["documents"]), items, _pair(content["texts"]), ids)
+
+
+def _groups(content: Any) -> GroupSplits:
+    return GroupSplits(int(content["both"]), str(content["example"]), int(content["hashed"]))
 
 
 def _pair(pair: Any) -> tuple[int, int]:

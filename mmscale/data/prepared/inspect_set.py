@@ -59,8 +59,9 @@ def summary(folder: Path) -> dict[str, Any]:
     text = open_text_tokenizer(folder)
     ranges = dict(zip(manifest.modalities, manifest.ranges, strict=True))
     facts, companion = content_facts(folder, manifest), kept_companion(folder, manifest)
-    own = [] if facts is None else facts.shared.lines()
-    commands = [shell_command("data", "inspect", folder, "--held-out").strip("`")] if own else []
+    own = [] if facts is None else facts.leaks()
+    marked = facts is not None and facts.shared.lines()
+    commands = [shell_command("data", "inspect", folder, "--held-out").strip("`")] if marked else []
     return {
         "folder": str(folder),
         "splits": {name: _split_summary(folder, manifest, name) for name in manifest.splits},
@@ -75,6 +76,7 @@ def summary(folder: Path) -> dict[str, Any]:
         "selection": _selection(folder, manifest),
         "neighbours": _tables(folder, manifest),
         "held_out_in_training": None if facts is None else _lists(facts.shared.named()),
+        "groups_in_both_splits": None if facts is None or facts.groups is None else facts.groups.both,
         "leaks": [*own, *([] if companion is None else companion.lines(folder))],
         "marked_by": [*commands, *([] if companion is None else companion.marked_by(folder))],
         "repeated": None if facts is None else _lists(facts.repeated.named()),

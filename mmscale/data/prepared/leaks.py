@@ -47,7 +47,7 @@ def leaks_of(
                 continue
             if here == other:
                 facts = kept_facts(here, manifest)
-                lines += [] if facts is None else facts.shared.lines(of=str(here))
+                lines += [] if facts is None else facts.leaks(of=str(here))
                 if facts is None and comparable(manifest):
                     keys[here] = None
                 continue

@@ -11,7 +11,7 @@ import io
 import json
 import struct
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,6 +25,8 @@ from mmscale.data.documents.schema import TRAIN, VALIDATION, Document, DocumentS
 from mmscale.data.modalities.modality import Tally, count
 from mmscale.data.prepared.encode import DocumentEncoder, Encoded
 from mmscale.data.prepared.folder_lock import write_error
+from mmscale.data.prepared.group_splits import SUFFIX as GROUPS
+from mmscale.data.prepared.group_splits import keep_groups
 from mmscale.data.prepared.label_masks import LABELS, MASK
 from mmscale.data.prepared.manifest import MOST_BYTES, Part
 from mmscale.data.prepared.mask_writer import MaskWriter
@@ -293,7 +295,7 @@ def build_part(
     """
     writers = {split: PartWriter(folder, f"{split}/{job.name}", encoder.vocabulary) for split in SPLITS}
     rejected: list[Rejected] = []
-    ids: list[str] = []
+    kept: list[Document] = []
     encoder.take_tallies()  # discard the counts of an abandoned part
     try:
         for chunk in _chunks(job):
@@ -304,7 +306,7 @@ def build_part(
             for item in chunk:  # keeps rejections in the order of the input
                 result = next(encoded) if isinstance(item, Document) else item
                 if isinstance(result, Encoded):
-                    ids.append(result.document.id)
+                    kept.append(replace(result.document, content=()))
                     writers[result.document.split_for(held_out)].add(result)
                 elif strict:
                     raise strict_error(result)
@@ -317,7 +319,8 @@ def build_part(
         finished = FinishedPart(job.digest, splits, tuple(rejected), sizes, digests, tallies, job.items)
         content = asdict(finished) | {"splits": {name: part.model_dump() for name, part in splits.items()}}
         (folder / DONE).mkdir(exist_ok=True)
-        keep_ids(folder / DONE / f"{job.name}{SUFFIX}", ids)
+        keep_ids(folder / DONE / f"{job.name}{SUFFIX}", [document.id for document in kept])
+        keep_groups(folder / DONE / f"{job.name}{GROUPS}", kept, held_out=held_out)
         write_atomic(folder / DONE / f"{job.name}.json", json.dumps(content, indent=1).encode())
         return finished
     except OSError as error:

@@ -56,7 +56,7 @@ from mmscale.data.prepared.parts import (
 from mmscale.data.prepared.questions import check_questions, read_questions
 from mmscale.data.prepared.rejected_reasons import rejected_words
 from mmscale.data.prepared.remarks import remarks_on
-from mmscale.data.prepared.reuse import check_companions, companion_of
+from mmscale.data.prepared.reuse import check_companions
 from mmscale.data.prepared.set_digests import content_of_parts, digests_of_set, without_content
 from mmscale.data.prepared.shares import Share, SharedPlan, shares_of
 from mmscale.data.prepared.table_facts import keep_facts
@@ -262,7 +262,7 @@ def _prepare(
     if not missing and (manifest := _existing_manifest(out, source)) is not None:
         _check_strict(strict, finished.values())
         _report(reporter, out, manifest, "is already prepared")
-        for note in remarks_on(out, manifest, codecs, like=companion_of(settings)):
+        for note in remarks_on(out, manifest, codecs, settings):
             reporter.say(note)
         return manifest
     if finished:
@@ -301,7 +301,7 @@ def _prepare(
     write_manifest(out, manifest)
     keep_facts(out, manifest)
     _report(reporter, out, manifest, "is prepared")
-    for note in remarks_on(out, manifest, codecs, like=companion_of(settings)):
+    for note in remarks_on(out, manifest, codecs, settings):
         reporter.say(note)
     return manifest
 

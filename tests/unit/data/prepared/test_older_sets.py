@@ -75,13 +75,14 @@ def test_a_repair_keeps_the_identity_of_a_set_from_before_pictures_were_compared
 def test_the_same_documents_become_the_same_files(old: Path, tmp_path: Path) -> None:
     """The old set counts as prepared; a new one has the same bytes, but for the manifest and the counts of parts.
 
-    Counts of repeated content are added to the old set's cache.
+    Counts of repeated content, and its keys, are added to the old set's cache.
     """
     settings = config(documents=[str(old / "documents" / "documents.jsonl")])
     before = files_of(old / "set")
     prepare(settings, old / "set", progress=False)
     after = files_of(old / "set")
-    assert after.pop(".cache/content.json", None) and after == before
+    added = [after.pop(f".cache/{name}", None) for name in ("content.json", "keys.npy")]
+    assert all(added) and after == before
     prepare(settings, tmp_path / "new", progress=False)
     assert digests.read(tmp_path / "new") == digests.read(old / "set")
     new = files_of(tmp_path / "new")

@@ -65,6 +65,7 @@ from mmscale.data.vocab import IMAGE, Vocabulary
 from mmscale.errors import ConfigError, DataError
 from mmscale.runtime.atomic_files import write_atomic
 from mmscale.tables import plugins
+from mmscale.wording import numbered
 
 # Values of data.prepare.source that older versions prepared: the program that writes the documents now, and a
 # configuration that names them.
@@ -347,6 +348,8 @@ def _write_tasks(out: Path, settings: PrepareConfig, setup: WorkSetup, reporter:
         for name, items in _questions(settings, setup):
             file = f"{tasks.FOLDER}/{name}.jsonl"
             tasks.write_task(out / file, items)
+            if again := tasks.said_twice(items):
+                reporter.say(f"note: task {name}: {numbered(len(items), 'question')}{again}")
             found.append(Task(name=name, file=file, kind="choice" if items[0].choices else "exact"))
     return tuple(found)
 

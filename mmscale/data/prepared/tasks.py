@@ -42,6 +42,12 @@ class TaskItem:
         return self.choices.index(self.ids[start:end])
 
 
+def said_twice(items: Sequence[TaskItem]) -> str:
+    """Says how many questions equal an earlier one, and so count several times; empty if none does."""
+    again = len(items) - len(set(items))
+    return f", {again:,} of them equal an earlier one and count again" if again else ""
+
+
 def write_task(file: Path, items: Sequence[TaskItem]) -> None:
     """Write a task's JSONL, atomically."""
     file.parent.mkdir(exist_ok=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mmscale.data.prepared.tasks import TaskItem
+from mmscale.data.prepared.tasks import TaskItem, said_twice
 from mmscale.data.stream.answer_requests import AnswerRequest, Answers
 from mmscale.wording import numbered
 
@@ -71,7 +71,8 @@ def describe(name: str, items: Sequence[TaskItem], *, place: Path, others: Seque
     """
     chance = chance_of(items)
     how = "written exactly" if chance is None else f"guessing gets {chance:.1%}"
-    return f"task {name}: {numbered(len(items), 'question')} of {place}, {how}{unasked(name, [*map(str, others)])}"
+    asked = f"{numbered(len(items), 'question')} of {place}{said_twice(items)}"
+    return f"task {name}: {asked}, {how}{unasked(name, [*map(str, others)])}"
 
 
 def unasked(name: str, others: Sequence[str]) -> str:

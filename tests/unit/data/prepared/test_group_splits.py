@@ -37,8 +37,7 @@ CASES: list[tuple[tuple[str | None, ...], bool]] = [
 ]
 
 
-@pytest.mark.parametrize("part_documents", [1, 1000])
-@pytest.mark.parametrize("group", ["g", None])
+@pytest.mark.parametrize(("group", "part_documents"), [("g", 1), (None, 1000)])
 @pytest.mark.parametrize(("splits", "both"), CASES)
 def test_a_group_in_both_splits_is_said(
     splits: tuple[str | None, ...],

@@ -18,6 +18,7 @@ from mmscale.data.prepared.tasks import identities_of, read_task, replaced
 from mmscale.data.vocab import EOS
 from mmscale.errors import DataError
 from mmscale.inference.scores import encoder_of
+from mmscale.train.steps.task_scores import describe
 from tests.unit.data.samples import config, corpus, image, save_picture, text, write_jsonl
 
 NAMES = [" picture", " picture number", " thing"]
@@ -104,6 +105,18 @@ def test_what_is_no_question_is_refused(folder: Path, tmp_path: Path, fields: di
     with pytest.raises(DataError, match=r"^task: .*bad\.jsonl") as raised:
         read_questions(file, encoder)
     assert cause in raised.value.cause and raised.value.remedy
+
+
+@pytest.mark.parametrize(("copies", "said"), [(1, False), (3, True)])
+def test_equal_questions_are_said(copies: int, said: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    questions = [{"content": [text("this is a")], "choices": NAMES, "answer": n} for n in (0, *[1] * copies)]
+    file = write_jsonl(tmp_path / "which.jsonl", questions)
+    settings = config(documents=[str(corpus(tmp_path / "in", 20))], tasks={"which": str(file)})
+    manifest = prepare(settings, tmp_path / "out")
+    words = "4 questions, 2 of them equal an earlier one and count again"
+    assert (f"note: task which: {words}" in capsys.readouterr().err) == said
+    line = describe("which", read_task(tmp_path / "out", manifest, "which"), place=file)
+    assert ("2 of them equal an earlier one and count again, guessing gets 33.3%" in line) == said
 
 
 def test_edited_questions_are_other_ones(folder: Path) -> None:

@@ -170,6 +170,7 @@ def _evaluation(result: dict[str, Any]) -> None:
     from rich.table import Table
 
     from mmscale.runs.display_names import in_words
+    from mmscale.runs.silent_routers import silent_routers
 
     table = Table(box=None, pad_edge=False)
     for column in ("measured", "value", "routing"):
@@ -192,10 +193,11 @@ def _evaluation(result: dict[str, Any]) -> None:
         shown.print(line, markup=False)
     for row in result.get("memorisation", ()):
         shown.print(_memorised(row))
-    if result.get("routers"):
+    routers = result.get("routers")
+    if routers:
         shown.print("auxiliary routers compared with the choices of batch routing:")
-        shown.print(_routers(result["routers"]))
-    for line in result.get("notes", ()):
+        shown.print(_routers(routers))
+    for line in (*silent_routers(routers or ()), *result.get("notes", ())):
         shown.print(f"note: {line}", markup=False)
     if note := _other_extents(result):
         shown.print(note, markup=False)

@@ -252,6 +252,7 @@ def notes(
             found.append(f"{name}: values that are not finite, marked at the top of their charts: {keys}.")
         if (stage := report_of(runs[name])) is not None and stage.note:
             found.append(f"{name}: {stage.note}; the stage's own report, of {folder_of(runs[name])}, shows them.")
+        found += [f"{name}: after the auxiliary stage, {line}." for line in (stage.silent if stage else ())]
         found += [f"{name}: {high}." for high in _unrouted_notes(history)]
         if len(history) and np.isnan(history.of("time")).all():
             found.append(f"{name}: lines without times; the wall clock is summed up from the times of steps.")

@@ -26,6 +26,7 @@ from mmscale.errors import CheckpointError, shell_command
 from mmscale.model.auxiliary import RouterLearning
 from mmscale.model.build import build_chunks, transformer_config
 from mmscale.plan import flops_per_token
+from mmscale.runs.silent_routers import silent_routers
 from mmscale.runtime.disk_writer import replacing
 from mmscale.runtime.groups import from_first
 from mmscale.tables.routings import Routing
@@ -185,6 +186,8 @@ class AuxiliaryStage:
         for name, by_routing in found.items():
             for routing_name, values in by_routing.items():
                 tools.progress.say(held_out_line(name, routing_name, values, extent=str(tools.extents.get(name, ""))))
+        for line in silent_routers(rows):
+            tools.progress.say(f"note: {line}")
         file = self.given.folder / REPORT
         if self.given.env.is_first:
             report = {

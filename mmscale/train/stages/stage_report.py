@@ -15,6 +15,7 @@ from mmscale import bounded
 from mmscale.checkpoint.layout import Store
 from mmscale.config.derived import SOURCE
 from mmscale.runs.held_out import AUXILIARY, HeldOut
+from mmscale.runs.silent_routers import silent_routers
 from mmscale.train.stages.origin import folder_of, main_origin
 
 REPORT = "report.json"
@@ -29,12 +30,14 @@ class StageReport:
         step: last step of the stage.
         losses: [nats] by routing mode and data set; includes those of batch routing.
         other_data: the data sets that they were measured on, if the main run has others (`--yes`); empty: its own.
+        silent: sentences about routers that take no token of a modality.
     """
 
     main_step: int
     step: int
     losses: Mapping[HeldOut, float]
     other_data: tuple[str, ...] = ()
+    silent: tuple[str, ...] = ()
 
     @property
     def note(self) -> str:
@@ -82,7 +85,8 @@ def _read(file: Path) -> tuple[StageReport | None, str | None]:
         digest = content.get("main_digest")
         step = int(content["main_step"])
         other = tuple(str(one) for one in content.get("other_data") or ())
-        report = StageReport(step, int(content.get("step", 0)), losses, other)
+        silent = tuple(silent_routers(content.get("routers") or ()))
+        report = StageReport(step, int(content.get("step", 0)), losses, other, silent)
         return report, None if digest is None else str(digest)
     except (OSError, *bounded.BAD_CONTENT):
         return None, None

@@ -15,6 +15,7 @@ from mmscale.config import Config
 from mmscale.config.derived import tokens_per_step
 from mmscale.errors import UsageError
 from mmscale.report.equal_loss import Ratio, ratio_at
+from mmscale.report.held_out_parts import HeldOutParts
 from mmscale.report.history import History
 from mmscale.report.run_losses import (
     ALL,
@@ -114,6 +115,7 @@ def compare(
     shares: Sequence[float] = SHARES,
     losses: Sequence[float] = (),
     histories: Mapping[Path, History] | None = None,
+    parts: Mapping[Path, HeldOutParts] | None = None,
 ) -> Comparison:
     """Compare runs with a baseline at equal loss.
 
@@ -126,12 +128,16 @@ def compare(
         shares: levels: the baseline's losses after these shares of its FLOPs. A model's own last loss is always one.
         losses: further levels of the loss over all modalities.
         histories: metrics that were already read, by resolved folder.
+        parts: of held-out sets that runs read, where they are already known, by resolved folder.
 
     Raises:
         UsageError: a folder holds no run or nothing measured, or runs have other vocabularies or other data.
     """
-    known = histories or {}
-    read = [read_run(folder, history=known.get(folder.resolve())) for folder in dict.fromkeys([baseline, *others])]
+    known, of_sets = histories or {}, parts or {}
+    read = [
+        read_run(folder, history=known.get(folder.resolve()), parts=of_sets.get(folder.resolve()))
+        for folder in dict.fromkeys([baseline, *others])
+    ]
     for run in read[1:]:
         refuse_vocabulary(read[0], run)
         refuse_data(read[0], run)
@@ -140,16 +146,16 @@ def compare(
         raise UsageError(
             f"compare: there is nothing to compare {baseline} with", remedy="name runs of other models behind it"
         )
-    parts = (ALL, *read[0].config.vocab.names)
+    names = (ALL, *read[0].config.vocab.names)
     found = []
-    for model, view, part, measure in itertools.product(rest, VIEWS, parts, MEASURES):
+    for model, view, part, measure in itertools.product(rest, VIEWS, names, MEASURES):
         found += _speedups(first, model, view, part, measure, shares=shares, losses=losses if part == ALL else ())
     if not found:
         raise UsageError(
             f"compare: {baseline} and the others have no loss in common that was measured three times or more",
             remedy="compare runs that log or evaluate more often (log.every, train.eval_every)",
         )
-    return Comparison(first, tuple(rest), parts, tuple(found), tuple(_notes(first, rest)))
+    return Comparison(first, tuple(rest), names, tuple(found), tuple(_notes(first, rest)))
 
 
 def _speedups(

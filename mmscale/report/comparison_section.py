@@ -38,7 +38,10 @@ def comparison_section(baseline: Path, runs: Sequence[Run]) -> str:
     """
     try:
         others = [run.path for run in runs if run.path.resolve() != baseline.resolve()]
-        found = compare(baseline, others, histories={run.path.resolve(): run.history for run in runs})
+        known = {run.path.resolve(): run for run in runs}
+        histories = {place: run.history for place, run in known.items()}
+        parts = {place: run.parts for place, run in known.items()}
+        found = compare(baseline, others, histories=histories, parts=parts)
     except UsageError as error:
         return f'<p class="sub">{escape(error.cause)}</p>'
     picture = io.BytesIO()

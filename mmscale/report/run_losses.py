@@ -145,12 +145,13 @@ def _falling(points: Sequence[Points], measure: Measure, *, bins: int | None) ->
         return None
 
 
-def read_run(folder: Path, *, history: History | None = None) -> ComparedRun:
+def read_run(folder: Path, *, history: History | None = None, parts: HeldOutParts | None = None) -> ComparedRun:
     """Read the data of a run for a comparison.
 
     Args:
         folder: of the run.
         history: its metrics, if they were already read.
+        parts: of held-out sets that it read, if they are already known.
 
     Raises:
         UsageError: there is no configuration, or no logged step.
@@ -177,7 +178,8 @@ def read_run(folder: Path, *, history: History | None = None) -> ComparedRun:
             losses.setdefault(view, {})[part] = points
     counts = [(name, history.last(f"tokens/{name}")) for name in config.vocab.names]
     tokens = {name: count for name, count in counts if count is not None and np.isfinite(count)}
-    extent = HeldOutParts.of_run(folder, read_events(folder)).of(history, f"{EVAL}{_LOSS}")
+    parts = HeldOutParts.of_run(folder, read_events(folder)) if parts is None else parts
+    extent = parts.of(history, f"{EVAL}{_LOSS}")
     return ComparedRun(folder, config, losses, dropped, int(history.steps[-1]), tokens, extent)
 
 

@@ -176,6 +176,9 @@ def test_all_layouts_end_at_the_same_step(layout: str, cut: int | None, config: 
     assert "(first 1 of " in said and "gives the same numbers with --batches 1" in said
     run = tmp_path / "tiny"
     assert [event["step"] for event in events(run, EARLY)] == [END]
+    assert all(
+        event["extents"][""]["batches"] == 1 < event["extents"][""]["available"] for event in events(run, "start")
+    )
     assert Store.of_run(run).best() == BEST and {BEST, END} <= set(Store.of_run(run).steps())
 
 

@@ -33,7 +33,7 @@ from mmscale.runtime.atomic_files import write_atomic
 log = logging.getLogger(__name__)
 
 _FILE = ".cache/content.json"  # inside the data set
-_KEYS = ".cache/keys.npy"  # uint64 [keys]; content.json says which are whose
+_KEYS = ".cache/keys.npy"  # uint64 [keys]; content.json says which are whose; those of each are sorted
 _MOST_KEYS = 1 << 20  # of each modality of a split that are kept: 8 MiB
 _MOST_BYTES = 1 << 30  # largest file of keys that is read
 _SPLITS = (TRAIN, VALIDATION)
@@ -167,9 +167,9 @@ def _keep(folder: Path, manifest: Manifest, found: ContentFacts, keys: SetKeys) 
     """Write atomically; a folder that cannot be written to is not an error."""
     file = folder / _FILE
     named: list[tuple[str, str | None, Keys]] = [
-        (split, name, own[:_MOST_KEYS]) for split in _SPLITS for name, own in keys[split].items.items()
+        (split, name, np.sort(own[:_MOST_KEYS])) for split in _SPLITS for name, own in keys[split].items.items()
     ]
-    named += [(split, None, keys[split].texts[:_MOST_KEYS]) for split in _SPLITS]
+    named += [(split, None, np.sort(keys[split].texts[:_MOST_KEYS])) for split in _SPLITS]
     stream = io.BytesIO()
     np.save(stream, np.concatenate([own for *_, own in named]))
     data = stream.getvalue()

@@ -188,7 +188,12 @@ def _named(items: Mapping[str, Pair]) -> dict[str, Pair]:
 
 
 def _common(own: Keys, known: Keys) -> Pair:
-    return int(np.isin(own, known).sum()), len(own)
+    """How many of the keys are known, and how many there are. Several times faster than np.isin if both are sorted."""
+    if not len(own) or not len(known):
+        return 0, len(own)
+    own, known = np.sort(own), np.sort(known)
+    places = np.minimum(np.searchsorted(known, own), len(known) - 1)
+    return int((known[places] == own).sum()), len(own)
 
 
 def _again(keys: Keys) -> Pair:

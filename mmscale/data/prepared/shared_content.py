@@ -64,7 +64,7 @@ class Shared:
             held_out: False: all documents of `of` are evaluated.
         """
         owner, place = (f" of {of}" if of else ""), (f" of {here}" if here else "")
-        same = ", in two sets if both have one data.prepare.held_out" if here else ""
+        same = ', in two sets if both have one data.prepare.held_out and no document names a "split"' if here else ""
         whose = "held-out documents" if held_out else "documents"
         alike = {plural(name): _ALIKE.format(what=plural(name)) for name in self.items}
         kinds = [(plural(name), pair) for name, pair in self.items.items()]

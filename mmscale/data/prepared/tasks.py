@@ -45,7 +45,7 @@ class TaskItem:
 def said_twice(items: Sequence[TaskItem]) -> str:
     """Says how many questions equal an earlier one, and so count several times; empty if none does."""
     again = len(items) - len(set(items))
-    return f", {again:,} of them equal an earlier one and count again" if again else ""
+    return f"; {again:,} of the questions equal an earlier one and count again" if again else ""
 
 
 def write_task(file: Path, items: Sequence[TaskItem]) -> None:

@@ -71,8 +71,8 @@ def describe(name: str, items: Sequence[TaskItem], *, place: Path, others: Seque
     """
     chance = chance_of(items)
     how = "written exactly" if chance is None else f"guessing gets {chance:.1%}"
-    asked = f"{numbered(len(items), 'question')} of {place}{said_twice(items)}"
-    return f"task {name}: {asked}, {how}{unasked(name, [*map(str, others)])}"
+    asked = f"{numbered(len(items), 'question')} of {place}"
+    return f"task {name}: {asked}, {how}{unasked(name, [*map(str, others)])}{said_twice(items)}"
 
 
 def unasked(name: str, others: Sequence[str]) -> str:

@@ -113,10 +113,10 @@ def test_equal_questions_are_said(copies: int, said: bool, tmp_path: Path, capsy
     file = write_jsonl(tmp_path / "which.jsonl", questions)
     settings = config(documents=[str(corpus(tmp_path / "in", 20))], tasks={"which": str(file)})
     manifest = prepare(settings, tmp_path / "out")
-    words = "4 questions, 2 of them equal an earlier one and count again"
+    words = "4 questions; 2 of the questions equal an earlier one and count again"
     assert (f"note: task which: {words}" in capsys.readouterr().err) == said
     line = describe("which", read_task(tmp_path / "out", manifest, "which"), place=file)
-    assert ("2 of them equal an earlier one and count again, guessing gets 33.3%" in line) == said
+    assert ("guessing gets 33.3%; 2 of the questions equal an earlier one and count again" in line) == said
 
 
 def test_edited_questions_are_other_ones(folder: Path) -> None:

@@ -25,20 +25,27 @@ FEWEST = 2  # number of intact checkpoints that `prune` always keeps
 def listing(run: Path) -> dict[str, Any]:
     """Every committed checkpoint with its size and origin, and those renamed to .bad; nothing is hashed.
 
+    A checkpoint that the run deletes meanwhile (`checkpoint.keep`) is left out.
+
     Raises:
         CheckpointError: there is no such run.
     """
     store = open_store(run)
     rows = []
     for step in store.steps():
-        folder = store.path(step)
-        files = [file.lstat().st_size for file in folder.rglob("*") if file.is_file()]
-        row: dict[str, Any] = {"step": step, "path": str(folder), "files": len(files), "bytes": sum(files)}
-        manifest = _manifest(folder)
-        if manifest is not None:
-            row |= {name: getattr(manifest, name) for name in ("attempt", "topology", "code_version", "config_digest")}
-        rows.append(row | {"manifest": manifest is not None})
+        with contextlib.suppress(DeletedError), integrity.tolerating_deletion(store.path(step)):
+            row = _row(store.path(step), step)
+            rows += [row] if store.path(step).is_dir() else []
     return {"run": str(run), "checkpoints": rows, "bad": store.quarantined(), "best": store.best()}
+
+
+def _row(folder: Path, step: int) -> dict[str, Any]:
+    files = [file.lstat().st_size for file in folder.rglob("*") if file.is_file()]
+    row: dict[str, Any] = {"step": step, "path": str(folder), "files": len(files), "bytes": sum(files)}
+    manifest = _manifest(folder)
+    if manifest is not None:
+        row |= {name: getattr(manifest, name) for name in ("attempt", "topology", "code_version", "config_digest")}
+    return row | {"manifest": manifest is not None}
 
 
 def _manifest(folder: Path) -> CheckpointManifest | None:

@@ -33,6 +33,7 @@ from mmscale.data.vocab import BOS, EOS, PAD, Vocabulary
 from mmscale.errors import DataError
 from mmscale.inference.chosen_data import with_data
 from mmscale.runs.held_out import prefix_of
+from mmscale.runtime.atomic_files import new_folder
 
 TAG = "mmscale"  # `lm_eval --tasks mmscale` runs all tasks of the folder
 TOKENIZER = "tokenizer"
@@ -78,7 +79,7 @@ def write_tasks(folder: Path, out: Path, *, data: Path | None = None, batches: i
     _check_data(config, tokenizers_of_export(folder, content), folder)
     vocabulary = Vocabulary.from_config(config.vocab)
     report: dict[str, dict[str, int]] = {}
-    with publish.folder(out) as place:
+    with publish.writing(out), new_folder(out) as place:
         for name, mixture in open_passes(config, vocabulary=vocabulary).items():
             number = mixture.len_epoch()
             if batches is not None:
@@ -91,7 +92,6 @@ def write_tasks(folder: Path, out: Path, *, data: Path | None = None, batches: i
             )
         _write_tokenizer(place / TOKENIZER, config.vocab.padded_size)
         shutil.copyfile(Path(lm_eval_metrics.__file__), place / f"{_METRICS}.py")
-        place.replace(out)
     return {"path": str(out), "tasks": report}
 
 

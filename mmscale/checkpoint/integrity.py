@@ -368,15 +368,18 @@ def refuse_world_writable(folder: Path) -> None:
     """Refuse a checkpoint that everyone can write to, because anyone could have replaced files and manifest.
 
     Raises:
-        CheckpointError: a folder or file of the checkpoint, or the folder around it, can be written by everyone.
+        CheckpointError: a folder or file of the checkpoint, or the folder around it, can be written by everyone; or its
+            run has deleted it meanwhile.
     """
-    for path in (folder.parent, folder, *sorted(folder.rglob("*"))):
-        mode = path.lstat().st_mode
-        if mode & stat.S_IWOTH and not stat.S_ISLNK(mode):
-            raise CheckpointError(
-                f"{path} can be written by every user of this machine, so anyone may have changed the checkpoint",
-                remedy=f"make sure that it is yours, then {shell_command('-R', 'o-w', folder.parent, program='chmod')}",
-            )
+    with tolerating_deletion(folder):
+        for path in (folder.parent, folder, *sorted(folder.rglob("*"))):
+            mode = path.lstat().st_mode
+            if mode & stat.S_IWOTH and not stat.S_ISLNK(mode):
+                protected = shell_command("-R", "o-w", folder.parent, program="chmod")
+                raise CheckpointError(
+                    f"{path} can be written by every user of this machine, so anyone may have changed the checkpoint",
+                    remedy=f"make sure that it is yours, then {protected}",
+                )
 
 
 def describe(problems: Iterable[str], *, most: int = 3) -> str:

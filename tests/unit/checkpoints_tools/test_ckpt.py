@@ -373,3 +373,14 @@ def test_people_get_text(run: Path, arguments: tuple[str, ...], capsys: pytest.C
         "prune": "20, 30",
     }
     assert expected[command] in out
+
+
+def test_a_checkpoint_that_is_deleted_while_it_is_read(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run has deleted step 40 after its name was read: `list` leaves it out, others say so."""
+    known = Store.steps
+    monkeypatch.setattr(Store, "steps", lambda store: [*known(store), 40])
+    assert [one["step"] for one in ckpt(capsys, "list", run)["checkpoints"]] == [10, 20, 30]
+    with pytest.raises(integrity.DeletedError, match="was deleted while it was read"):
+        integrity.refuse_world_writable(Store.of_run(run).path(40))

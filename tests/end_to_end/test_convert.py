@@ -18,6 +18,7 @@ import torch
 from huggingface_hub import ModelCard
 
 from mmscale.errors import DataError
+from tests.cards import card_rows
 from tests.end_to_end.damaged_exports import damaging, forget_the_cache, forked, rewrite_weights, spoil
 from tests.end_to_end.running import ROOT, assert_says, listing, mmscale, ok
 
@@ -106,7 +107,7 @@ def test_the_card_has_what_the_hub_reads(kind: str, dense: Path, moma: Path) -> 
     assert (data.library_name, data.pipeline_tag) == ("transformers", "text-generation") and "mmscale" in data.tags
     assert data.license == (LICENCE if kind == "dense" else None)
     losses = {one.metric_name: one.metric_value for one in data.eval_results}
-    rows = [[cell.strip() for cell in line.split("|")[1:4]] for line in card.text.splitlines() if line.startswith("|")]
+    rows = [row[:3] for row in card_rows(card.text)]
     assert losses and all([name, PART, f"{value:.4f}"] in rows for name, value in losses.items())
     types = {(one.dataset_type, one.metric_type) for one in data.eval_results}
     assert types == {("held-out", "loss"), ("held-out", "bits_per_byte")}

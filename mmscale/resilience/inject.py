@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import os
 import signal
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -92,9 +91,8 @@ class Faults:
                     self.faults.remove(fault)  # a signal is sent once; a step may be repeated after a roll-back
                 os.kill(os.getpid(), _SIGNALS[fault.action])
             elif fault.action == "hang":
-                pipe = Path(tempfile.mkdtemp(prefix="mmscale-hang-")) / "pipe"
-                os.mkfifo(pipe)
-                os.open(pipe, os.O_WRONLY)
+                end, _ = os.pipe()  # the other end stays open, so nothing ever comes
+                os.read(end, 1)
             elif fault.action == "slow":
                 time.sleep(fault.value)
             elif fault.action == "wait":

@@ -14,11 +14,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from decoding_ways import MASKED, PLAIN, scores, shares
 
 from checkpoints_tools.huggingface.generator import Generator, open_generator
 from checkpoints_tools.huggingface.prompts import Prompt
 from checkpoints_tools.huggingface.shipped.infilling_moma import Holes
-from checkpoints_tools.huggingface.shipped.likelihood_moma import document_behind, log_likelihoods
 from mmscale.inference.generate import Sampling, generate
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "digits"
@@ -28,22 +28,6 @@ from write_documents import DRAW, WORDS  # noqa: E402
 
 log = logging.getLogger(__name__)
 EACH, BEST_OF = 160, (1, 2, 4, 8)  # drawings of each digit; numbers of samples of which the best is kept
-MASK = {"unconditional": "mask"}
-WAYS = {
-    "no guidance": {},
-    "guidance 1.5": {"guidance": 1.5},
-    "guidance 2": {"guidance": 2.0},
-    "guidance 3": {"guidance": 3.0},
-    "guidance 1.5 from <mask>": {"guidance": 1.5, **MASK},
-    "guidance 2 from <mask>": {"guidance": 2.0, **MASK},
-    "guidance 3 from <mask>": {"guidance": 3.0, **MASK},
-    "CD-K, k 1, alpha 0.1": {"cd_k": 1, "cd_alpha": 0.1},
-    "CD-K, k 4, alpha 0.3": {"cd_k": 4, "cd_alpha": 0.3},
-    "CD-K, k 4, alpha 1": {"cd_k": 4, "cd_alpha": 1.0},
-    "CD-K, k 1, alpha 0.1 from <mask>": {"cd_k": 1, "cd_alpha": 0.1, **MASK},
-    "CD-K, k 4, alpha 0.3 from <mask>": {"cd_k": 4, "cd_alpha": 0.3, **MASK},
-    "CD-K, k 4, alpha 1 from <mask>": {"cd_k": 4, "cd_alpha": 1.0, **MASK},
-}
 RANKED = ("no guidance", "guidance 2", "guidance 2 from <mask>", "CD-K, k 4, alpha 0.3")
 MIDDLE, HIDDEN = (0, 1, 4, 2), slice(4, 12)  # of a picture of 4 x 4 tokens: its second and third row, in one hole
 
@@ -74,32 +58,14 @@ def drawn(model: Generator, documents: Path, way: dict, *, ranked: bool) -> dict
     right = np.array([recognise(documents, [(one.prompt.text, np.asarray(one.pieces[0]))])["right"] for one in samples])
     if not ranked:
         return {"one": float(right.mean())}
-    found = {"any of them": shares(right, right.astype(float))}
+    found = {"any of them": shares(right, right.astype(float), best_of=BEST_OF)}
     for name, masked, caption in (
         ("prompt in the hole", True, None),
         ("prompt behind", False, None),
         ("caption behind", False, "this is a {}"),
     ):
-        documents = [
-            document_behind(
-                model.processor,
-                model.encode(one.prompt),
-                one.ids,
-                masked=masked,
-                text=caption and caption.format(one.prompt.text.split()[-1]),
-            )
-            for one in samples
-        ]
-        found[name] = shares(right, np.array(log_likelihoods(model.model, documents, pad=0)))
-    return found
-
-
-def shares(right: np.ndarray, scores: np.ndarray) -> dict:
-    """Share of kept drawings that are read as asked, by the number of samples of which the best is kept."""
-    found = {}
-    for number in BEST_OF:
-        best = scores.reshape(-1, number).argmax(axis=1)
-        found[number] = float(right.reshape(-1, number)[np.arange(len(best)), best].mean())
+        captions = caption and [caption.format(one.prompt.text.split()[-1]) for one in samples]
+        found[name] = shares(right, scores(model, samples, masked=masked, captions=captions), best_of=BEST_OF)
     return found
 
 
@@ -167,7 +133,7 @@ if __name__ == "__main__":
     opened = open_generator(trained(place))
     result = {"filled": filled(opened, place / "documents")}
     log.info("%s", json.dumps(result["filled"], indent=1))
-    for title, settings in WAYS.items():
+    for title, settings in {**PLAIN, **MASKED}.items():
         result[title] = drawn(opened, place / "documents", settings, ranked=title in RANKED)
         log.info("%s | %s", title, json.dumps(result[title]))
         (place / "decoding.json").write_text(json.dumps(result, indent=1))

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from decoding_ways import MASKED, PLAIN, scores, shares
 
 from checkpoints_tools.huggingface.generator import Generator, open_generator
 from checkpoints_tools.huggingface.prompts import Prompt
-from checkpoints_tools.huggingface.shipped.likelihood_moma import document_behind, log_likelihoods
 from mmscale.inference.generate import Sampling
 
 sys.path.append(str(Path(__file__).parents[2] / "examples" / "icons"))
@@ -31,17 +31,6 @@ NAMES = ["heart", "star", "home", "lock", "bell", "cloud", "folder", "camera", "
 DRAW, READ = "draw {}, tabler icons", "this icon is {}, tabler icons"
 DRAWINGS, BEST_OF = 200, (1, 2, 4)  # of each way; numbers of samples of which the best is kept
 TEMPERATURE = 0.8
-MASK = {"unconditional": "mask"}
-PLAIN: dict[str, dict[str, Any]] = {
-    "no guidance": {},
-    "guidance 1.5": {"guidance": 1.5},
-    "guidance 2": {"guidance": 2.0},
-    "guidance 3": {"guidance": 3.0},
-    "CD-K, k 1, alpha 0.1": {"cd_k": 1, "cd_alpha": 0.1},
-    "CD-K, k 4, alpha 0.3": {"cd_k": 4, "cd_alpha": 0.3},
-    "CD-K, k 4, alpha 1": {"cd_k": 4, "cd_alpha": 1.0},
-}
-MASKED = {f"{name} from <mask>": {**way, **MASK} for name, way in PLAIN.items() if way}
 
 
 def drawn(model: Generator, recogniser: Recogniser, way: dict[str, Any], *, each: int) -> dict[str, Any]:
@@ -54,28 +43,14 @@ def drawn(model: Generator, recogniser: Recogniser, way: dict[str, Any], *, each
     right = recogniser.read([one.pieces[0] for one in samples]) == np.repeat(np.arange(len(NAMES)), each)
     masked = bool(model.config.objective.cm3_rate)
     rankings = {"the prompt": None, "the caption": READ}
-    found: dict[str, Any] = {"cpu_seconds": round(seconds, 1), "any of them": shares(right, right.astype(float))}
+    found: dict[str, Any] = {
+        "cpu_seconds": round(seconds, 1),
+        "any of them": shares(right, right.astype(float), best_of=BEST_OF),
+    }
     for title, caption in rankings.items():
-        documents = [
-            document_behind(
-                model.processor,
-                model.encode(one.prompt),
-                one.ids,
-                masked=masked,
-                text=caption and caption.format(NAMES[number // each]),
-            )
-            for number, one in enumerate(samples)
-        ]
-        found[title] = shares(right, np.array(log_likelihoods(model.model, documents, pad=0)))
-    return found
-
-
-def shares(right: np.ndarray, scores: np.ndarray) -> dict[int, float]:
-    """Share of kept drawings that are read as asked, by the number of samples of which the best is kept."""
-    found = {}
-    for number in BEST_OF:
-        best = scores.reshape(-1, number).argmax(axis=1)
-        found[number] = float(right.reshape(-1, number)[np.arange(len(best)), best].mean())
+        captions = caption and [caption.format(NAMES[number // each]) for number in range(len(samples))]
+        ranks = scores(model, samples, masked=masked, captions=captions)
+        found[title] = shares(right, ranks, best_of=BEST_OF)
     return found
 
 

@@ -21,16 +21,14 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from commands import mmscale
 from run_folders import rebuild
 
 from mmscale.config.load import load
@@ -93,21 +91,11 @@ class Measurement:
         self.base = load(config).run.name
         self.known: dict[str, Any] = json.loads(known.read_text()) if known.exists() else {}
 
-    def mmscale(self, *arguments: object) -> dict[str, Any]:
-        """The result of a command, in a process with one thread."""
-        command = [sys.executable, "-m", "mmscale", *map(str, arguments), "--json"]
-        threads = {"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "0"}
-        done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True, env=os.environ | threads)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command)} failed: {done.stdout[-500:]}")
-        text = done.stdout
-        return json.loads(text[text.index("{") :]) if "{" in text else {}
-
     def baselines(self) -> Path:
         """The folder of the models' configurations."""
         files = self.folder / "baselines"
         shutil.rmtree(files, ignore_errors=True)  # the configuration may have changed
-        self.mmscale("baselines", self.config, "--out", files)
+        mmscale("baselines", self.config, "--out", files, one_thread=True)
         return files
 
     def train(self, run: Run) -> None:
@@ -119,11 +107,11 @@ class Measurement:
         file = self.folder / "baselines" / f"{self.base}_{run.model}.yaml"
         found: dict[str, Any] = {"model": run.model, "settings": run.settings}
         where = (f"run.name={run.name}", f"run.dir={self.folder / 'runs'}")
-        self.mmscale("train", file, *where, *run.settings)
+        mmscale("train", file, *where, *run.settings, one_thread=True)
         if run.stage == "runs":
             found["joint"] = self.evaluate(out)
             if load(file).model.auxiliary.mode == "joint":
-                self.mmscale("train", file, *where, *run.settings, "--stage", "auxiliary")
+                mmscale("train", file, *where, *run.settings, "--stage", "auxiliary", one_thread=True)
                 found["stage"] = self.evaluate(out)
         done.parent.mkdir(exist_ok=True)
         done.write_text(json.dumps(found, indent=1))
@@ -133,7 +121,7 @@ class Measurement:
         """Losses on the whole held-out split under both routings, and accuracy of the task `which`."""
         found = {}
         for routing in ("batch", "causal"):
-            result = self.mmscale("eval", run, "--routing", routing)
+            result = mmscale("eval", run, "--routing", routing, one_thread=True)
             found |= {f"{routing}/{key}": value for key, value in result.items() if key.startswith("loss")}
         return found
 

@@ -17,6 +17,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from commands import mmscale
+
 log = logging.getLogger(__name__)
 EXAMPLE = Path(__file__).parents[2] / "examples" / "emoji" / "write_documents.py"
 TEXT, IMAGE, ON = 150, 450, 60  # steps of the two models, and of training on: a tenth of both together
@@ -41,15 +43,6 @@ CONFIG = {
     "checkpoint": {"every": 10000, "keep": 1},
 }
 PREPARE = {"image": {"kind": "kmeans", "size": 32, "channels": 3, "patch": 4}}
-
-
-def mmscale(*arguments: object) -> dict:
-    """The result of a command."""
-    command = [sys.executable, "-m", "mmscale", *map(str, arguments), "--json"]
-    done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed: {done.stdout}")
-    return json.loads(done.stdout[done.stdout.index("{") :])
 
 
 def write_parts(folder: Path) -> None:

@@ -11,9 +11,10 @@ import json
 import logging
 import random
 import statistics
-import subprocess
 import sys
 from pathlib import Path
+
+from commands import mmscale
 
 log = logging.getLogger(__name__)
 PERSONS, DOCUMENTS, FACTS = 3000, 3, 3
@@ -61,13 +62,6 @@ def write_documents(file: Path) -> None:
                 text = f"{name} {', '.join(said[:-1])} and {said[-1]}."
                 record = {"id": f"{person}-{number}", "content": [{"type": "text", "text": text}]}
                 stream.write(json.dumps(record) + "\n")
-
-
-def mmscale(*arguments: object) -> dict:
-    """The result of a command."""
-    command = [sys.executable, "-m", "mmscale", *map(str, arguments), "--json"]
-    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return json.loads(out[out.index("{") :])
 
 
 def prepared(folder: Path) -> Path:

@@ -11,7 +11,7 @@ from typing import Any
 from mmscale.runs.events import BEGINS
 
 FIELD = "leaks"  # of the event
-_LONGEST = 1000  # characters of a line
+_BEGIN, _END = 700, 300  # characters of a long line that are kept: the cause comes first, the remedy last
 
 
 def leaks_in(events: Iterable[Mapping[str, Any]], *, step: int | None = None) -> list[str]:
@@ -26,4 +26,8 @@ def leaks_in(events: Iterable[Mapping[str, Any]], *, step: int | None = None) ->
         begun = event.get("step")
         if event.get("event") in BEGINS and (step is None or (isinstance(begun, int) and begun <= step)):
             found = event.get(FIELD, [])
-    return [line[:_LONGEST] for line in found if isinstance(line, str)] if isinstance(found, list) else []
+    return [_shortened(line) for line in found if isinstance(line, str)] if isinstance(found, list) else []
+
+
+def _shortened(line: str) -> str:
+    return line if len(line) <= _BEGIN + _END else f"{line[:_BEGIN]} ... {line[-_END:]}"

@@ -19,13 +19,10 @@ from mmscale.data.prepared.manifest import Manifest
 from mmscale.data.prepared.split_keys import TOKENS, ContentKeys, Keys, SplitKeys, keys_of
 from mmscale.data.vocab import IMAGE
 
-_GROUP = (
-    'Give such documents the same "group" and prepare again: documents with the same "group" (else the same "id") are '
-    "kept in one split"
-)
-_ALIKE = (
-    ". Equal tokens are counted, not equal files: the tokenizer takes different {what} for one where it has too few "
-    "codes, or too few tokens for each; a group does not help there"
+PAGE = "docs/reference/documents.md#content-in-both-splits"  # says when a group does not help
+_ONE_SET = f'Give documents of the same content one "group" and prepare again ({PAGE})'
+_TWO_SETS = (
+    f'Give documents of the same content one "group" and prepare both sets with one data.prepare.held_out ({PAGE})'
 )
 _DEDUP = "`mmscale data dedup DIR` leaves such documents out of training"
 _IDS = 'every document should have its own, and "group" keeps documents in one split'
@@ -64,13 +61,12 @@ class Shared:
             held_out: False: all documents of `of` are evaluated.
         """
         owner, place = (f" of {of}" if of else ""), (f" of {here}" if here else "")
-        same = ', in two sets if both have one data.prepare.held_out and no document names a "split"' if here else ""
         whose = "held-out documents" if held_out else "documents"
-        alike = {plural(name): _ALIKE.format(what=plural(name)) for name in self.items}
+        remedy = _TWO_SETS if here else _ONE_SET
         kinds = [(plural(name), pair) for name, pair in self.items.items()]
         return [
             f"{common:,} of {total:,} {what} ({common / total:.1%}) of {whose}{owner} are in training "
-            f"documents{place} too: held-out numbers measure memory. {_GROUP}{same}{alike.get(what, '')}"
+            f"documents{place} too, so held-out numbers measure memory. {remedy}"
             for what, (common, total) in (*kinds, ("pure texts", self.texts))
             if common
         ]

@@ -13,13 +13,15 @@ from mmscale.cli import main
 from mmscale.config import Config
 from mmscale.data.prepared.manifest import read_blend
 from mmscale.data.prepared.prepare import prepare
+from mmscale.data.prepared.shared_content import PAGE, Shared
 from mmscale.report import page
 from mmscale.runs.recorded_leaks import leaks_in
 from mmscale.train.evaluated_on import EvaluatedOn
 from tests.unit.data.prepared.test_shared_content import documents
 from tests.unit.data.samples import config, write_jsonl
 
-REMEDY = 'Give such documents the same "group" and prepare again'
+ROOT = Path(__file__).parents[4]
+REMEDY = f'Give documents of the same content one "group" and prepare again ({PAGE})'
 
 
 def prepared(folder: Path, *, grouped: bool, **settings: Any) -> Path:
@@ -220,3 +222,21 @@ def test_events_of_another_kind(leaks: Any, tmp_path: Path) -> None:
 def test_of_the_attempt_that_a_checkpoint_comes_from() -> None:
     events = [{"event": "start", "step": 0, "leaks": ["old"]}, {"event": "resume", "step": 10}]
     assert (leaks_in(events, step=5), leaks_in(events, step=10), leaks_in(events)) == (["old"], [], [])
+
+
+@pytest.mark.parametrize("sets", [{}, {"of": "/data/first"}, {"of": "/data/first", "here": "/data/second"}])
+@pytest.mark.parametrize("held_out", [True, False])
+def test_a_line_is_short_and_ends_with_a_page(sets: dict[str, str], held_out: bool) -> None:
+    lines = Shared({"image": (13, 13), "audio": (1200, 3000)}, (7, 9)).lines(**sets, held_out=held_out)
+    assert len(lines) == 3 and max(map(len, lines)) < 300
+    page, _, anchor = PAGE.partition("#")
+    assert all(line.endswith(f"({PAGE})") and line.count(". ") == 1 for line in lines)
+    assert f"## {anchor}" in (ROOT / page).read_text().replace(" ", "-").replace("#-", "# ").lower()
+
+
+def test_of_a_long_line_the_remedy_is_kept() -> None:
+    folder = "/data/" + "long/" * 400
+    (line,) = Shared({}, (7, 9)).lines(of=folder, here=folder)
+    (kept,) = leaks_in([{"event": "start", "step": 0, "leaks": [line]}])
+    assert kept.startswith("7 of 9 pure texts") and kept.endswith(f"data.prepare.held_out ({PAGE})")
+    assert len(kept) < 1100

@@ -20,6 +20,7 @@ from torch import Tensor
 from checkpoints_tools.huggingface.export_settings import CONFIG, REPORT, read_config, tokenizers_of_export
 from checkpoints_tools.huggingface.generator import Generator, open_generator
 from mmscale.config.derived import global_micro_batches
+from mmscale.data.prepared.leaks import leaks_of_settings
 from mmscale.data.prepared.manifest import check_tokenizers, read_blend
 from mmscale.data.prepared.validation import read_validation
 from mmscale.data.stream.answer_requests import AnswerRequest, Answers
@@ -32,6 +33,7 @@ from mmscale.inference.built_in_tasks import built_in
 from mmscale.inference.chosen_data import with_data, with_neighbours
 from mmscale.inference.document_losses import cut_documents
 from mmscale.inference.scores import measured
+from mmscale.runs.recorded_leaks import FIELD
 from mmscale.tables.plugins import Use
 from mmscale.train.steps.step import mean_losses
 
@@ -67,7 +69,8 @@ def evaluate_export(
         at: shows the batch that is evaluated.
 
     Returns:
-        `run` (the folder), `step` (None), `routing`, and the result of `mmscale.inference.scores.measured`.
+        `run` (the folder), `step` (None), `routing`, the result of `mmscale.inference.scores.measured`, and `leaks` as
+        of a run, if the training data are still at their path.
 
     Raises:
         CheckpointError: the folder is damaged, not an export of mmscale, or does not support that routing.
@@ -83,6 +86,8 @@ def evaluate_export(
     for place, manifest in blend.items():
         check_tokenizers(place, manifest.tokenizers, trained, where=str(folder))
     result: dict[str, Any] = {"run": str(folder), "step": generator.step, "routing": generator.routing}
+    if lines := leaks_of_settings(generator.config, config, missing=False):
+        result[FIELD] = lines
     scorer = _ExportScorer(generator, vocabulary, batches, at)
     result |= measured(scorer, config, tasks=tasks, questions=questions)
     return result | built_in(own_tasks, scorer, config, step=None)

@@ -170,6 +170,7 @@ def _evaluation(result: dict[str, Any]) -> None:
     from rich.table import Table
 
     from mmscale.runs.display_names import in_words
+    from mmscale.runs.recorded_leaks import FIELD
     from mmscale.runs.silent_routers import silent_routers
 
     table = Table(box=None, pad_edge=False)
@@ -197,7 +198,7 @@ def _evaluation(result: dict[str, Any]) -> None:
     if routers:
         shown.print("auxiliary routers compared with the choices of batch routing:")
         shown.print(_routers(routers))
-    for line in (*silent_routers(routers or ()), *result.get("notes", ())):
+    for line in (*silent_routers(routers or ()), *result.get(FIELD, ()), *result.get("notes", ())):
         shown.print(f"note: {line}", markup=False)
     if note := _other_extents(result):
         shown.print(note, markup=False)

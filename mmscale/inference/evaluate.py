@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmscale.config import Config
+from mmscale.data.prepared.leaks import leaks_of_settings
 from mmscale.data.stream.answer_requests import AnswerRequest, Answers
 from mmscale.data.stream.bits import bits_per_byte
 from mmscale.data.stream.mixture import Mixture
@@ -23,6 +24,7 @@ from mmscale.inference.document_losses import document_sums
 from mmscale.inference.model import RunModel, open_run, stepper_of
 from mmscale.inference.scores import measured, passes_of
 from mmscale.model.auxiliary import RouterLearning
+from mmscale.runs.recorded_leaks import FIELD
 from mmscale.runtime.rank_env import RankEnv
 from mmscale.tables.plugins import Use
 from mmscale.tables.routings import Routing
@@ -66,7 +68,8 @@ def evaluate_run(
         with several data sets `source/<name>/loss` and the like, of each set in `data.validation`
         `validation/<name>/loss` and the like. With causal routings also `batch`, the losses of batch routing
         on the same data, and `gap`, how much larger the causal ones are; with `causal` also `routers`, the quality
-        of the auxiliary routers' decisions against the true choice, a row for each layer and modality.
+        of the auxiliary routers' decisions against the true choice, a row for each layer and modality. `leaks`, what
+        the evaluated documents share with training documents of the run, if there is something to say.
 
     Raises:
         UsageError: the checkpoint does not support that routing, or the number of neighbours is out of range.
@@ -81,6 +84,8 @@ def evaluate_run(
         routes = model.config.model.routes
         result: dict[str, Any] = {"run": str(run), "step": model.step, "routing": routing.value}
         result["sees_later_tokens"] = routes and routing.leaks
+        if lines := leaks_of_settings(model.config, config, read=model.trained_on):
+            result[FIELD] = lines
         scorer = _RunScorer(model, routing, batches, at)
         result |= measured(scorer, config, tasks=tasks, questions=questions)
         result |= built_in(own_tasks, scorer, config, step=model.step)

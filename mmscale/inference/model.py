@@ -19,6 +19,7 @@ from mmscale.checkpoint.layout import Store
 from mmscale.checkpoint.settings import CONFIG, allows_missing, config_of
 from mmscale.config import Config, rules
 from mmscale.config.derived import for_inference
+from mmscale.data.prepared.identity import known
 from mmscale.data.stream.micro_batch import MicroBatch
 from mmscale.data.vocab import Vocabulary
 from mmscale.errors import CheckpointError, MmscaleError
@@ -48,6 +49,7 @@ class RunModel:
         module: GPTModel, in Float16Module for bf16.
         vocabulary: ids of the modalities.
         tokenizers: fingerprints of those of training, as in a data set's manifest; empty if the checkpoint is too old.
+        trained_on: identities of its training data; empty if the checkpoint is too old.
     """
 
     config: Config
@@ -56,6 +58,7 @@ class RunModel:
     module: torch.nn.Module
     vocabulary: Vocabulary
     tokenizers: dict[str, str]
+    trained_on: tuple[str, ...] = ()
 
     def require(self, routing: Routing) -> None:
         """Refuse a routing that this checkpoint does not support.
@@ -131,7 +134,9 @@ def open_run(
                 load_router_tensors([module], sharded.read(found.routers, wanted, partly=True))
         wrapped = Float16Module(transformer, module) if transformer.bf16 else module
         vocabulary = Vocabulary.from_config(config.vocab)
-        yield RunModel(config, found.step, groups, wrapped, vocabulary, dict(found.info.get("tokenizers") or {}))
+        read = tuple(one.identity for one in known(found.info) or ())
+        tokenizers = dict(found.info.get("tokenizers") or {})
+        yield RunModel(config, found.step, groups, wrapped, vocabulary, tokenizers, read)
     finally:
         process_groups.finalize()
 

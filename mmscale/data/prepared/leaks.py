@@ -14,13 +14,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mmscale import bounded
+from mmscale.config import Config
 from mmscale.data.documents.schema import TRAIN, VALIDATION
 from mmscale.data.prepared.content_facts import SetKeys, content_keys, kept_facts, kept_keys, shared_from
 from mmscale.data.prepared.identity import identity_of
-from mmscale.data.prepared.manifest import Manifest
+from mmscale.data.prepared.manifest import HELD_OUT, Manifest, read_blend, read_manifest
 from mmscale.data.prepared.shared_content import Shared, common_content
 from mmscale.data.prepared.split_keys import comparable
-from mmscale.errors import shell_command
+from mmscale.data.prepared.validation import read_validation
+from mmscale.errors import DataError, shell_command
 from mmscale.runtime.atomic_files import write_atomic
 
 log = logging.getLogger(__name__)
@@ -60,6 +62,56 @@ def leaks_of(
                 lines += shared.lines(of=str(other), here=str(here), held_out=split == VALIDATION)
     manifests = {**trained, **evaluated}
     return lines + [_not_compared(folder, manifests[folder]) for folder, own in keys.items() if own is None]
+
+
+def leaks_of_settings(
+    trained: Config, evaluated: Config, *, read: Collection[str] = (), missing: bool = True
+) -> list[str]:
+    """As `leaks_of`, for the data sets that two configurations name.
+
+    Args:
+        trained: names the data that a model was trained on.
+        evaluated: names the data that it is evaluated on, which must be readable.
+        read: identities of the training documents when they were read; empty: unknown.
+        missing: whether to say of training data that it cannot be compared because it is missing or was replaced.
+    """
+    blend = read_blend(evaluated)
+    sets = read_validation(evaluated, blend)
+    own = {**blend, **{one.folder: one.manifest for one in sets}}
+    names = {folder.resolve(): folder for folder in own}
+    known: dict[Path, Manifest] = {}
+    lines: list[str] = []
+    for path in (one.path for one in trained.data.sources if one.trained):
+        folder = names.get(Path(path).resolve(), Path(path))
+        manifest, problem = _as_read(folder, own, read)
+        if manifest is not None:
+            known[folder] = manifest
+        elif missing:
+            lines.append(f"held-out documents are not compared with the training documents of {path}, {problem}")
+    return leaks_of(known, own, whole={one.folder for one in sets if one.split != HELD_OUT}) + lines
+
+
+def _as_read(folder: Path, own: Mapping[Path, Manifest], read: Collection[str]) -> tuple[Manifest | None, str]:
+    """The manifest of a data set if its tokens can be compared with those of others; otherwise what is in the way.
+
+    Args:
+        folder: the data set.
+        own: manifests of the other ones.
+        read: as in `leaks_of_settings`.
+    """
+    try:
+        manifest = own[folder] if folder in own else read_manifest(folder)
+    except DataError:
+        return None, "which cannot be read"
+    if read and identity_of(folder, manifest) not in read:
+        return None, "which were replaced after the run read them"
+    for other in own.values():
+        common = manifest.tokenizers.keys() & other.tokenizers.keys()
+        if manifest.vocabulary != other.vocabulary or any(
+            manifest.tokenizers[n] != other.tokenizers[n] for n in common
+        ):
+            return None, "which have other tokenizers"
+    return manifest, ""
 
 
 def _has(manifest: Manifest, split: str) -> bool:

@@ -5,7 +5,6 @@ The same charts and numbers as on the page. charts.py, layers.py and timeline.py
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,11 +22,15 @@ from mmscale.report.figure_style import (
     clock_unit,
     dress,
     engineering,
+    legend_below,
+    legend_height,
     log_scale,
     mark_cuts,
     new_figure,
+    note_above,
     save_figure,
     whole_steps,
+    width_of_share,
 )
 from mmscale.report.figures import smoothed
 from mmscale.report.history import Floats
@@ -52,7 +55,7 @@ _SCALES = {
     "output norm": "mean norm",
 }
 _RING = "A ring marks the lowest held-out value."
-_NOTE = 170  # characters of a line below the title of a chart of full width
+_WIDTH = 10.0  # of pictures of charts [inches]
 _MANY_MARKS = 80
 _SHOWN_LAYER_MAPS = 24  # largest number of co-selection matrices of a modality in a picture
 
@@ -94,13 +97,23 @@ def _draw_charts(charts: Sequence[Chart], drawn: Curves, runs: Sequence[Run], fi
     wide = charts[0].wide and len(charts) > 1
     cells = len(charts) + wide
     rows = -(-cells // columns)
-    figure = new_figure(width=10.0, height=3.9 if rows == 1 else 2.9 * rows)
-    grid = figure.add_gridspec(rows, columns)
-    for number, chart in enumerate(charts):
-        place = number + (wide and number > 0)
+    places = [number + (wide and number > 0) for number in range(len(charts))]
+    heights = [3.9 if rows == 1 else 2.9] * rows
+    for row in range(rows):
+        own = [chart for place, chart in zip(places, charts, strict=True) if place // columns == row]
+        heights[row] += max(_legend_height(chart, 1.0 if len(own) == 1 else 1 / columns) for chart in own)
+    figure = new_figure(width=_WIDTH, height=sum(heights))
+    grid = figure.add_gridspec(rows, columns, height_ratios=heights)
+    for number, (place, chart) in enumerate(zip(places, charts, strict=True)):
         cell = grid[0, :] if wide and number == 0 else grid[place // columns, place % columns]
         _draw_chart(figure.add_subplot(cell), chart, drawn, runs)
     save_figure(figure, file)
+
+
+def _legend_height(chart: Chart, share: float) -> float:
+    """Of a chart in a panel with a share of the width [inches]."""
+    labels = [*(one.label for one in chart.lines), *(one.label for one in chart.levels)]
+    return legend_height(labels, width_of_share(_WIDTH, share)) if len(labels) > 1 else 0.0
 
 
 def _draw_chart(axes: Axes, chart: Chart, drawn: Curves, runs: Sequence[Run]) -> None:
@@ -145,10 +158,8 @@ def _draw_chart(axes: Axes, chart: Chart, drawn: Curves, runs: Sequence[Run]) ->
     _draw_levels(axes, chart.levels)
     title = f"{chart.title} [{chart.unit}]" if chart.unit else chart.title
     note = " ".join(filter(None, (chart.note, _RING if any(line.best for line in chart.lines) else "")))
-    lines = textwrap.wrap(note, _NOTE if chart.wide else _NOTE // 2)
-    axes.set_title(title, loc="left", fontsize=10, pad=8 + 9 * len(lines) if lines else None)
-    offset: dict[str, Any] = {"xycoords": "axes fraction", "xytext": (0, 5), "textcoords": "offset points"}
-    axes.annotate("\n".join(lines), (0, 1), **offset, fontsize=7, color=GREY, annotation_clip=False)
+    lines = note_above(axes, note)
+    axes.set_title(title, loc="left", fontsize=10, pad=8 + 9 * lines if lines else None)
     axes.set_xlabel("step", fontsize=8.5)
     if chart.log and any(value > 0 for value in axes.dataLim.intervaly):
         log_scale(axes)
@@ -159,7 +170,7 @@ def _draw_chart(axes: Axes, chart: Chart, drawn: Curves, runs: Sequence[Run]) ->
     dress(axes)
     whole_steps(axes)
     if len(chart.lines) > 1 or chart.levels:
-        axes.legend(frameon=False, fontsize=7.5, ncols=2 if len(chart.lines) > 4 else 1)
+        legend_below(axes)
 
 
 def _draw_levels(axes: Axes, levels: Sequence[Level]) -> None:

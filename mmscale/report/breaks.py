@@ -15,6 +15,8 @@ from mmscale.report.facts import changes
 from mmscale.runs.breaks import Break, break_of
 from mmscale.runs.held_out import ACCURACY, EVAL
 
+LEARNING_RATE = "lr"  # column of the metrics
+
 
 @dataclass(frozen=True)
 class Cut:
@@ -23,7 +25,7 @@ class Cut:
     Attributes:
         step: the last step before it.
         text: what changed there.
-        training, held_out, tasks: which curves are interrupted; `held_out` also interrupts accuracies.
+        training, held_out, tasks, rate: which curves are interrupted; `held_out` also interrupts accuracies.
     """
 
     step: int
@@ -31,9 +33,12 @@ class Cut:
     training: bool
     held_out: bool
     tasks: bool = False
+    rate: bool = False
 
     def breaks(self, key: str) -> bool:
         """Whether the curve of a column is interrupted here."""
+        if key == LEARNING_RATE:
+            return self.rate
         if not key.startswith(EVAL):
             return self.training
         return self.held_out or (self.tasks and f"/{ACCURACY}" in key)
@@ -60,16 +65,22 @@ def cuts_of(run: Path, events: Sequence[Mapping[str, Any]], *, name: str = "") -
         lines = event.get("changed")
         known = lines if isinstance(lines, list) else by_attempt.get(event.get("attempt"), [])
         one = break_of([str(line) for line in known])
-        if step > 0 and one.what:
+        if step > 0 and (one.what or one.rate):
             before = found.get(step, Break())
             what = tuple(dict.fromkeys((*before.what, *one.what)))
             found[step] = Break(
-                what, one.training or before.training, one.held_out or before.held_out, one.tasks or before.tasks
+                what,
+                one.training or before.training,
+                one.held_out or before.held_out,
+                one.tasks or before.tasks,
+                one.rate or before.rate,
             )
-    return [
-        Cut(step, f"{name} changed: {', '.join(one.what)}".strip(), one.training, one.held_out, one.tasks)
-        for step, one in sorted(found.items())
-    ]
+    return [_cut(step, one, name=name) for step, one in sorted(found.items())]
+
+
+def _cut(step: int, one: Break, *, name: str) -> Cut:
+    text = f"{name} changed: {', '.join(one.what) or 'learning rate'}".strip()
+    return Cut(step, text, one.training, one.held_out, one.tasks, one.rate)
 
 
 def steps_of(cuts: Sequence[Cut], key: str) -> tuple[int, ...]:

@@ -46,7 +46,7 @@ def curves_of(
     Args:
         histories: metrics of the runs by name.
         axes: of each run, in the same order.
-        cuts: breaks of each run, in the same order; schedules are not interrupted.
+        cuts: breaks of each run, in the same order.
         guessing: accuracies of guessing of each run, in the same order.
         parts: of held-out sets that each run read, in the same order; empty: unknown.
     """
@@ -55,8 +55,8 @@ def curves_of(
     samplers = [Downsampler(own, points=points) for own in axes]
     runs = list(histories.values())
     found: dict[tuple[int, str], Curve] = {}
-    for chart, line in ((one, line) for one in charts for line in one.lines):
-        breaks = () if cuts is None or chart.raw else steps_of(cuts[line.run], line.key)
+    for line in (line for one in charts for line in one.lines):
+        breaks = () if cuts is None else steps_of(cuts[line.run], line.key)
         curve = samplers[line.run].curve(runs[line.run].of(line.key), names=line.names, breaks=breaks)
         if curve is not None:
             found[line.run, line.key] = curve

@@ -23,6 +23,7 @@ from mmscale.report.figure_style import (
     MARKS,
     dress,
     engineering,
+    legend_below,
     log_scale,
     mark_cuts,
     new_figure,
@@ -140,12 +141,13 @@ def _draw_losses(axes: Axes, runs: Mapping[str, _Run]) -> None:
             if curve is not None:
                 _draw_line(axes, curve, colour=colour, style=_STYLES[number % len(_STYLES)], label=f"{prefix}{name}")
             if held is not None:
+                part = run.parts.words_over_time(run.history, f"{EVAL}{key}", whole=whole)
                 axes.plot(
                     held.at[_STEP],
                     held.mean,
                     linestyle="none",
                     color=colour,
-                    label=f"{prefix}{name}, {HELD_OUT}{run.parts.words(run.history, f'{EVAL}{key}', whole=whole)}",
+                    label=f"{prefix}{name}, {HELD_OUT}{part}",
                     zorder=3,
                     marker=MARKS[number % len(MARKS)],
                     markersize=6.5,
@@ -153,14 +155,14 @@ def _draw_losses(axes: Axes, runs: Mapping[str, _Run]) -> None:
                     markeredgecolor=colour,
                     markeredgewidth=1.0,
                 )
-    mark_cuts(axes, [(cut.step, cut.text) for run in runs.values() for cut in run.cuts])
+    mark_cuts(axes, [(cut.step, cut.text) for run in runs.values() for cut in run.cuts if cut.training or cut.held_out])
     axes.set_title("Loss per token" if not modalities else "Loss per token of each modality", loc="left", fontsize=11)
     axes.set_ylabel("cross-entropy [nats]")
     axes.set_xlabel("step")
     dress(axes)
     whole_steps(axes)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize=9, ncols=1 if len(runs) < 3 else 2)
+        legend_below(axes)
 
 
 def _draw_panel(axes: Axes, runs: Mapping[str, _Run], key: str, *, title: str, scale: str) -> None:
@@ -188,7 +190,7 @@ def _draw_panel(axes: Axes, runs: Mapping[str, _Run], key: str, *, title: str, s
 
 def _curve(run: _Run, key: str) -> Curve | None:
     sampler = Downsampler({_STEP: run.history.steps}, points=_POINTS)
-    return sampler.curve(run.history.of(key), breaks=() if key == "lr" else steps_of(run.cuts, key))
+    return sampler.curve(run.history.of(key), breaks=steps_of(run.cuts, key))
 
 
 def _draw_line(axes: Axes, curve: Curve, *, colour: str, style: str, label: str) -> None:

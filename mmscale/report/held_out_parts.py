@@ -59,10 +59,25 @@ class HeldOutParts:
         attempt = history.of("attempt")[rows[-1] if row is None else row]
         return self.attempts.get(int(attempt), {}).get(measured.name) if np.isfinite(attempt) else None
 
+    def over_time(self, history: History, key: str) -> list[tuple[int, Extent]]:
+        """The parts on which the values of a curve were measured, in order, each with the last step that has it.
+
+        Args:
+            history: of the run.
+            key: the figure's column.
+        """
+        found: list[tuple[int, Extent]] = []
+        for row in np.flatnonzero(~np.isnan(history.of(key))).tolist():
+            if (extent := self.of(history, key, row=row)) is None:
+                continue
+            if found and found[-1][1] == extent:
+                found.pop()
+            found.append((int(history.steps[row]), extent))
+        return found
+
     def partial(self, history: History) -> bool:
-        """Whether any latest figure was measured on a part of its set."""
-        found = (self.of(history, key) for key in history.columns)
-        return any(one is not None and one.partial for one in found)
+        """Whether any figure was measured on a part of its set."""
+        return any(one.partial for key in history.columns for _, one in self.over_time(history, key))
 
     def words(self, history: History, key: str, *, row: int | None = None, whole: bool = False) -> str:
         """`, first 2 of 24 batches`; empty if it is not known.
@@ -76,6 +91,13 @@ class HeldOutParts:
         found = self.of(history, key, row=row)
         said = "" if found is None else found.words if whole else str(found)
         return said and f", {said}"
+
+    def words_over_time(self, history: History, key: str, *, whole: bool = False) -> str:
+        """As `words`, of a curve: `, first 2 of 24 batches up to step 100, then all 7 batches`."""
+        found = self.over_time(history, key)
+        if not whole and not any(one.partial for _, one in found):
+            return ""
+        return f", {_over_time([(step, one.words) for step, one in found])}" if found else ""
 
 
 def with_parts(charts: Sequence[Chart], runs: Mapping[str, History], parts: Sequence[HeldOutParts]) -> list[Chart]:
@@ -91,24 +113,34 @@ def with_parts(charts: Sequence[Chart], runs: Mapping[str, History], parts: Sequ
 
 def _with_parts(chart: Chart, runs: Mapping[str, History], parts: Sequence[HeldOutParts]) -> Chart:
     names, histories = list(runs), list(runs.values())
-    found: dict[tuple[int, str, str], Extent] = {}  # by run, set and stage
+    found: dict[tuple[int, str, str], list[tuple[int, Extent]]] = {}  # by run, set and stage
     for line in chart.lines:
-        extent, measured = parts[line.run].of(histories[line.run], line.key), HeldOut.of(line.key)
-        if extent is not None and measured is not None:
-            found[line.run, measured.name, measured.stage] = extent
-    if not any(extent.partial for extent in found.values()):
+        own, measured = parts[line.run].over_time(histories[line.run], line.key), HeldOut.of(line.key)
+        if own and measured is not None:
+            found.setdefault((line.run, measured.name, measured.stage), own)
+    if not any(extent.partial for own in found.values() for _, extent in own):
         return chart
-    said = list(dict.fromkeys(extent.noun for extent in found.values()))
+    for (run, name, stage), own in list(found.items()):
+        if stage and (main := found.get((run, name, ""))) and main[-1][1] == own[-1][1]:
+            del found[run, name, stage]  # as the run's own newest values
+    said = list(dict.fromkeys(_over_time([(step, one.noun) for step, one in own]) for own in found.values()))
     if len(said) == 1:
         note = f"Held-out values are of {said[0]}."
     else:
         stages = len({stage for _, _, stage in found}) > 1
         each = [
-            f"{_label(names[run] if len(names) > 1 else '', name, stage if stages else '')}, {extent.words}"
-            for (run, name, stage), extent in found.items()
+            f"{_label(names[run] if len(names) > 1 else '', name, stage if stages else '')}, "
+            f"{_over_time([(step, one.words) for step, one in own])}"
+            for (run, name, stage), own in found.items()
         ]
         note = f"Held-out values: {'; '.join(each)}."
     return replace(chart, note=f"{chart.note} {note}".strip())
+
+
+def _over_time(parts: Sequence[tuple[int, str]]) -> str:
+    """`the first 3 of 11 batches up to step 120, then the first 3 of 7 batches`."""
+    *earlier, (_, last) = parts
+    return ", then ".join([*(f"{words} up to step {step:,}" for step, words in earlier), last])
 
 
 def _label(run: str, name: str, stage: str) -> str:

@@ -18,16 +18,19 @@ class Break:
         training: losses of training batches.
         held_out: losses of held-out data, and accuracies.
         tasks: accuracies.
+        rate: the learning rate, which begins another schedule; losses are comparable.
     """
 
     what: tuple[str, ...] = ()
     training: bool = False
     held_out: bool = False
     tasks: bool = False
+    rate: bool = False
 
 
 # Beginnings of the lines that describe changes (mmscale.train.saves.resume); the first match applies.
 _RULES = (
+    ("learning rate: ", Break(rate=True)),
     # The selection of held-out documents does not depend on it.
     ("data: share of", Break(("share of data",), training=True)),
     ("data: another order", Break()),
@@ -64,4 +67,5 @@ def break_of(lines: Iterable[str]) -> Break:
         any(one.training for one in found),
         any(one.held_out for one in found),
         any(one.tasks for one in found),
+        any(one.rate for one in found),
     )

@@ -86,6 +86,7 @@ def make_run(folder: Path, *, changed: list[str], resumed: int = 20, steps: int 
     (*replaced([{"name": "which", "identity": "a"}], [{"name": "which", "identity": "b"}]), ACCURACIES),
     ("data: share of d: 0.5 -> 0.9", {"loss/text"}),
     ("optim.lr: 1 -> 2", set()),
+    ("learning rate: 1e-05 -> 0.001 at step 21 (x 100)", {"lr"}),
 ])  # fmt: skip
 def test_the_page_breaks_these_curves_and_no_other(tmp_path: Path, line: str, broken: set[str]) -> None:
     runs = page.read_runs([make_run(tmp_path / "run", changed=[line])], goodput=goodput)
@@ -98,7 +99,7 @@ def test_the_page_breaks_these_curves_and_no_other(tmp_path: Path, line: str, br
     if "eval/loss/text" in broken:
         assert gaps["eval/loss/text"] == [4]
     page.write_page(runs, tmp_path / "report.html", drawn=drawn)
-    assert ('"gaps":[20]' in (tmp_path / "report.html").read_text()) is ("loss/text" in broken)
+    assert ('"gaps":[20]' in (tmp_path / "report.html").read_text()) is bool({"loss/text", "lr"} & broken)
     assert pictures.write_pictures(runs, tmp_path / "report.html", drawn=drawn)
     figures.loss_curves([tmp_path / "run"], tmp_path / "curves.png")
 

@@ -15,6 +15,7 @@ from mmscale.report.held_out_parts import HeldOutParts
 from mmscale.report.history import read
 from mmscale.runs.events import EventLog, read_events
 from mmscale.runs.extents import Extent, as_field, extents_in
+from mmscale.train.log.metrics_log import MetricsLog
 from tests.unit.report.test_stage_losses import STEPS, Way, add_stage, config_of, run_of
 
 PART = Extent(2, 24)
@@ -97,6 +98,25 @@ def test_a_value_has_the_part_of_the_attempt_that_measured_it(tmp_path: Path) ->
         ("loss per token, causal routing", "held-out split, first 3 of 9 batches"),
         ("loss per token, causal routing", "validation web"),
     }
+
+
+def test_a_curve_has_the_parts_of_all_attempts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the subtitle of the chart, and in the legend of the figure of losses."""
+    run = run_with(tmp_path / "run", PART)
+    log = MetricsLog(run, attempt=2)
+    log.write(STEPS + 10, {"loss": 2.0, "loss/text": 2.0, "loss/image": 2.0})
+    log.write(STEPS + 10, {f"eval/{key}": 2.0 for key in ("loss", "loss/text", "loss/image")})
+    log.close()
+    EventLog(run, 2).add("resume", step=STEPS, **as_field({"": Extent(2, 7)}))
+    said = f"first 2 of 24 batches up to step {STEPS}, then {{}}first 2 of 7 batches"
+    notes = page_of([run], tmp_path / "page.html")[1]
+    assert notes["loss"].endswith(f"Held-out values are of the {said.format('the ')}.")
+    drawn: list[str] = []
+    monkeypatch.setattr(
+        figures, "save_figure", lambda figure, _: drawn.extend(figure.axes[0].get_legend_handles_labels()[1])
+    )
+    figures.loss_curves([run], tmp_path / "x.png")
+    assert [label for label in drawn if label.endswith(f"(batch routing), {said.format('')}")]
 
 
 @pytest.mark.parametrize(

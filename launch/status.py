@@ -26,6 +26,7 @@ from mmscale.checkpoint.layout import Store
 from mmscale.config.document import read_file
 from mmscale.errors import ConfigError, LaunchError, MmscaleError, shell_command
 from mmscale.resilience import lease
+from mmscale.resilience.held_snapshots import held_step
 from mmscale.runs.events import BEGINS, EARLY, EVENTS, read_events
 from mmscale.runs.is_run import NAME_ANOTHER, no_run
 from mmscale.runs.last_step import last_step
@@ -182,7 +183,8 @@ def _one(run: Path, jobs: _Jobs) -> dict[str, Any]:
     # A killed run without a launcher has no event for its end, so its time ends with the last line that it wrote.
     now = max(known) if state["ended"] and known else time.time()
     saved = max(Store.of_run(run).steps(), default=None)
-    share, times = goodput(events, progress.groups(), now=now, resumes_from=(saved or 0) if state["ended"] else None)
+    kept = (held_step(run, above=saved or 0) or saved or 0) if state["ended"] else None
+    share, times = goodput(events, progress.groups(), now=now, resumes_from=kept)
     committed = next((e["time"] for e in reversed(events) if e["event"] == "save_committed"), None)
     step_time = last.get("step_time_s")
     done = last_step(events, logged=int(last.get("step", 0)), attempt=int(last.get("attempt", 0)))

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,9 @@ from launch import record as records
 from launch.scheduler import JobState
 from mmscale.checkpoint.layout import Store
 from mmscale.errors import LaunchError
-from mmscale.resilience import run_lock
+from mmscale.resilience import generations, run_lock, snapshot_files
+from mmscale.resilience.generations import Generation
+from mmscale.resilience.snapshot_files import Marker
 from tests.unit.launch.fake_slurm import FakeSlurm
 from tests.unit.launch.test_status import START, happened, launched, shown
 
@@ -69,16 +71,9 @@ def test_the_step_is_the_one_that_was_saved_and_not_only_the_last_logged_one(
     assert (shown(run)["step"], shown(run)["steps"]) == (step, 300)
 
 
-@pytest.mark.parametrize(
-    ("end", "saved"),
-    [(("finish", {"step": 20}), 20), (None, 20), (None, 5), (None, 0)],
-    ids=["finished", "killed after a save", "killed 15 steps after it", "killed before any"],
-)
-def test_the_goodput_of_a_local_run_does_not_shrink_after_its_end(
-    tmp_path: Path, end: tuple[str, dict[str, Any]] | None, saved: int
-) -> None:
-    """Without a launcher nothing records the end of a killed process: the last written line counts, up to the save."""
-    run, now = tmp_path / "run", time.time()
+def ended(run: Path, *, saved: int, end: tuple[str, dict[str, Any]] | None = None) -> Path:
+    """A local run that began 10 s after its process and did 20 steps in 20 s, with a checkpoint of step `saved`."""
+    now = time.time()
     run.mkdir()
     if saved:
         Store.of_run(run).path(saved).mkdir(parents=True)
@@ -88,9 +83,57 @@ def test_the_goodput_of_a_local_run_does_not_shrink_after_its_end(
     last = {"step": 20, "attempt": 1, "loss": 1.0, "step_time_s": 1.0, "time": now - 980}
     first = last | {"step": 1, "time": now - 999}
     (run / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in (first, last)))
-    found = shown(run)
+    return run
+
+
+@pytest.mark.parametrize(
+    ("end", "saved"),
+    [(("finish", {"step": 20}), 20), (None, 20), (None, 5), (None, 0)],
+    ids=["finished", "killed after a save", "killed 15 steps after it", "killed before any"],
+)
+def test_the_goodput_of_a_local_run_does_not_shrink_after_its_end(
+    tmp_path: Path, end: tuple[str, dict[str, Any]] | None, saved: int
+) -> None:
+    """Without a launcher nothing records the end of a killed process: the last written line counts, up to the save."""
+    found = shown(ended(tmp_path / "run", saved=saved, end=end))
     assert found["goodput"] == pytest.approx(saved / 30, abs=0.01)
     assert [found["time"][part] for part in ("start_up", "steps", "lost")] == [10.0, saved, 20.0 - saved]
+
+
+@pytest.fixture
+def memory() -> Iterator[list[Path]]:
+    """Two private folders in shared memory."""
+    made = [snapshot_files.create_folder() for _ in range(2)]
+    yield made
+    for folder in made:
+        snapshot_files.remove_folder(folder)
+
+
+def held(run: Path, folders: Sequence[Path], *, step: int) -> None:
+    """Both ranks, of one parity group, have committed a snapshot."""
+    names = tuple(folder.name for folder in folders)
+    generations.write_index(run, [Generation("g", 1, {}, ((0, 1),), names)])
+    for rank, folder in enumerate(folders):
+        marker = Marker("g", 1, 1, step, rank, (0, 1), (8, 8), ("a", "b"), "c")
+        snapshot_files.commit(folder, 0, marker)
+
+
+@pytest.mark.parametrize(
+    ("step", "gone", "counted"),
+    [(18, 0, 18), (18, 1, 18), (18, 2, 5), (4, 0, 5)],
+    ids=["of both ranks", "of one, which parity rebuilds", "of none", "older than the checkpoint"],
+)
+def test_steps_that_are_held_in_memory_are_not_lost(
+    tmp_path: Path, memory: list[Path], step: int, gone: int, counted: int
+) -> None:
+    """The next start would resume from the snapshot, and not repeat them."""
+    run = ended(tmp_path / "run", saved=5)
+    held(run, memory, step=step)
+    for folder in memory[:gone]:
+        snapshot_files.remove_folder(folder)
+    found = shown(run)
+    assert [found["time"][part] for part in ("steps", "lost")] == [counted, 20.0 - counted]
+    assert found["last_checkpoint"] == 5
 
 
 def test_resume_of_a_run_that_train_started_says_how_it_goes_on(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ from mmscale.runs.display_names import TIME_PARTS
 from mmscale.runs.events import BEGINS, read_events
 from mmscale.runs.is_run import check_runs
 from mmscale.runs.recorded_leaks import leaks_in
+from mmscale.runs.recorded_preparation import preparation_in
 from mmscale.wording import numbered
 
 _SCRIPTS = ("base.js", "chart.js", "layers.js", "timeline.js", "page.js")
@@ -333,8 +334,15 @@ def _configuration(runs: Sequence[Run]) -> str:
             )
             head = "<thead><tr><th>attempt</th><th>setting</th><th>before</th><th>from then on</th></tr></thead>"
             parts.append(f'<p>Changed within {escape(run.name)}:</p><table class="words">{head}{rows}</table>')
-        parts.append(_pairs(f"All settings of {run.name}", known[run.name]))
+        parts.append(_pairs(f"All settings of {run.name}", _as_prepared(known[run.name], run.events)))
     return _section("Configuration", "\n".join(parts))
+
+
+def _as_prepared(settings: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The settings of a run; where its data was prepared with other ones, with these."""
+    path, others = preparation_in(events)
+    own = {key: f"{_word(settings.get(key))}; {path} was prepared with {value}" for key, value in others.items()}
+    return {**settings, **own} if settings else {}
 
 
 def _environment(runs: Sequence[Run]) -> str:

@@ -311,6 +311,7 @@ def _text(event: Event) -> str:
         "attempt_id",
         "sources",
         "leaks",
+        "prepared_with",
     )  # sources_section.py shows sources
     shown = {key: value for key, value in event.items() if key not in hidden and value is not None}
     return ", ".join(field_in_words(key, value) for key, value in shown.items())[:400]

@@ -11,11 +11,12 @@ from mmscale.config import Config
 from mmscale.data.prepared.leaks import leaks_of
 from mmscale.data.prepared.manifest import HELD_OUT, Manifest
 from mmscale.data.prepared.named_tasks import having, named_tasks
-from mmscale.data.prepared.prepared_with import other_settings
+from mmscale.data.prepared.prepared_with import differing, other_settings
 from mmscale.data.prepared.tasks import TaskItem, replaced
 from mmscale.data.prepared.tasks import identities_of as identities_of_tasks
 from mmscale.data.prepared.validation import identities_of, read_validation
 from mmscale.runs.recorded_leaks import FIELD
+from mmscale.runs.recorded_preparation import as_field as preparation_field
 from mmscale.runs.recorded_questions import Asked, as_field
 from mmscale.train.steps.task_scores import chance_of, describe
 
@@ -28,8 +29,8 @@ class EvaluatedOn:
         lines: one for each, and notes on the data, printed at the start of the run.
         kept: `validation` and `tasks` in a checkpoint's metadata: names, and hashes of their content.
         start_fields: of the event of the start: `questions`, the number and the place of each task's questions;
-            `guessing`, the accuracy of guessing for each task with choices; and `leaks`, what held-out documents share
-            with training documents.
+            `guessing`, the accuracy of guessing for each task with choices; `leaks`, what held-out documents share with
+            training documents; and `prepared_with`, settings of the data that are not the configuration's.
     """
 
     lines: list[str] = field(default_factory=list)
@@ -59,7 +60,7 @@ class EvaluatedOn:
         lines += [f"note: {line}" for line in (*leaks, *other_settings(config))]
         kept = {"validation": identities_of(sets), "tasks": identities_of_tasks(tasks)}
         fields = as_field(asked) | ({"guessing": chances} if chances else {})
-        return cls(lines, kept, fields | ({FIELD: leaks} if leaks else {}))
+        return cls(lines, kept, fields | ({FIELD: leaks} if leaks else {}) | preparation_field(differing(config)))
 
     def changed(self, info: Mapping[str, Any]) -> list[str]:
         """One line for each task whose questions have changed since a checkpoint was written.

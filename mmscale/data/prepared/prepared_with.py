@@ -29,18 +29,34 @@ def other_settings(config: Config) -> list[str]:
     Args:
         config: with `data.prepare`, and the data sets to compare.
     """
-    settings = config.data.prepare
-    found = {} if settings is None else {one.path: _differing(Path(one.path), settings) for one in config.data.sources}
-    known = {path: differing for path, differing in found.items() if differing is not None}
-    if not known or not all(known.values()):
+    found = differing(config)
+    if found is None:
         return []
-    path = min(known, key=lambda one: len(known[one]))
-    shown = [f"{key} {has} (the configuration: {wants})" for key, has, wants in known[path]]
+    path, settings = found
+    shown = [f"{key} {has} (the configuration: {wants})" for key, has, wants in settings]
     more = f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
     return [
         f"{path} was prepared with {', '.join(shown[:_SHOWN])}{more}, and is read as it is. Write these values into "
         "the configuration, which runs and exports record, or prepare the data again"
     ]
+
+
+def differing(config: Config) -> tuple[str, list[tuple[str, str, str]]] | None:
+    """The data set that `other_settings` is about, and for each setting its key, the set's value, the configuration's.
+
+    Args:
+        config: as for `other_settings`.
+
+    Returns:
+        None: there is no such set.
+    """
+    settings = config.data.prepare
+    found = {} if settings is None else {one.path: _differing(Path(one.path), settings) for one in config.data.sources}
+    known = {path: differing for path, differing in found.items() if differing is not None}
+    if not known or not all(known.values()):
+        return None
+    path = min(known, key=lambda one: len(known[one]))
+    return path, known[path]
 
 
 def _differing(folder: Path, settings: PrepareConfig) -> list[tuple[str, str, str]] | None:

@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from launch.goodput import goodput
 from mmscale.config import Config
 from mmscale.data.prepared.manifest import read_blend
 from mmscale.data.prepared.prepare import prepare
 from mmscale.data.prepared.prepared_with import other_settings
 from mmscale.inference.chosen_data import with_data
+from mmscale.report import page
 from mmscale.train.evaluated_on import EvaluatedOn
 from tests.unit.data.samples import config, image, save_picture, text, write_jsonl
 
@@ -55,6 +58,18 @@ def reading(file: Path, *folders: Path, **settings: Any) -> Config:
     return Config.model_validate(given)
 
 
+def on_the_page(made: Config, run: Path) -> str:
+    """The page of a run of this configuration."""
+    run.mkdir()
+    (run / "config.yaml").write_text(yaml.safe_dump(made.model_dump(mode="json")))
+    (run / "metrics.jsonl").write_text('{"step": 1, "attempt": 1, "loss": 2.0, "loss/text": 2.0}\n')
+    start = {"time": 1.0, "attempt": 1, "event": "start", "step": 0}
+    start |= EvaluatedOn.of(made, read_blend(made), {}).start_fields
+    (run / "events.jsonl").write_text(json.dumps(start) + "\n")
+    page.write_page(page.read_runs([run], goodput=goodput), run / "report.html")
+    return (run / "report.html").read_text()
+
+
 @pytest.mark.parametrize("what", OTHERS)
 def test_what_was_given_to_prepare_alone(what: str, documents: Path, tmp_path: Path) -> None:
     settings, said = OTHERS[what]
@@ -63,6 +78,7 @@ def test_what_was_given_to_prepare_alone(what: str, documents: Path, tmp_path: P
     assert said in line and str(out) in line and "prepare the data again" in line
     started = EvaluatedOn.of(reading(documents, out), read_blend(reading(documents, out)), {}).lines
     assert f"note: {line}" in started
+    assert on_the_page(reading(documents, out), tmp_path / "run").count(f"; {out} was prepared with ") >= 1
     assert other_settings(with_data(reading(documents, tmp_path / "another"), out)) == []
 
 
@@ -89,5 +105,6 @@ def test_no_preparation_is_described(documents: Path, tmp_path: Path) -> None:
     given = reading(documents, out).model_dump(mode="json")
     given["data"]["prepare"] = None
     assert other_settings(Config.model_validate(given)) == []
+    assert "was prepared with" not in on_the_page(reading(documents, out), tmp_path / "run")
     (out / "source.json").unlink()  # of another program
     assert other_settings(reading(documents, out, held_out=0.5)) == []

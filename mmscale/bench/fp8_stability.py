@@ -32,6 +32,8 @@ FORMATS: dict[str, dict[str, Any]] = {
     "blockwise": {"fp8": "blockwise", "fp8_emulate": True},
     "blockwise_e4m3": {"fp8": "blockwise", "fp8_emulate": True, "fp8_format": "e4m3"},
     "mxfp8": {"fp8": "mxfp8", "fp8_emulate": True},
+    "nvfp4": {"fp8": "nvfp4", "fp8_emulate": True},
+    "nvfp4_nearest": {"fp8": "nvfp4", "fp8_emulate": True, "fp4_stochastic_rounding": False},
 }
 BASE = "high"
 _WORSE = 1.2  # a run has diverged if it ends with this multiple of the loss of its own best stretch

@@ -159,8 +159,14 @@ NEEDS: tuple[Condition, ...] = (
     Condition(
         "precision",
         ("fp8_format",),
-        "a recipe in precision.fp8",
-        lambda config: config.precision.fp8 != "off",
+        "a recipe in precision.fp8 other than nvfp4",
+        lambda config: config.precision.fp8 not in ("off", "nvfp4"),
+    ),
+    Condition(
+        "precision",
+        ("fp4_stochastic_rounding", "fp4_hadamard"),
+        "precision.fp8 = nvfp4",
+        lambda config: config.precision.fp8 == "nvfp4",
     ),
     Condition(
         "precision",

@@ -13,6 +13,7 @@ Shapes: L products of one kind (experts on this rank; 1 for a linear), M rows, K
 
 from __future__ import annotations
 
+import zlib
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from torch.nn import functional as F
 
 from mmscale.config import Config
 from mmscale.errors import ConfigError
+from mmscale.model import fp4_formats
 from mmscale.model import fp8_formats as formats
 from mmscale.model.auxiliary import Fp32Buffers
 from mmscale.model.expert_compute import swiglu
@@ -95,6 +97,9 @@ class Fp8Product(nn.Module):
         name: of the weight in a checkpoint.
         count: L.
         place: as for `DelayedScales`.
+
+    Attributes:
+        step: number of the optimizer step, for stochastic rounding; train/steps/fp8_scales.py sets it.
     """
 
     def __init__(
@@ -107,7 +112,8 @@ class Fp8Product(nn.Module):
         place: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
-        self.recipe = recipe
+        self.recipe, self.step = recipe, 0
+        self._seed = zlib.crc32(f"{recipe.seed} {name}".encode())
         # The ranks over which one tensor is spread. Expert-parallel ranks hold different experts.
         spread = (groups.tp,) if place is not None else (groups.tp, groups.cp)
         self.together = [group for group in spread if group.size() > 1]
@@ -137,16 +143,28 @@ class Fp8Product(nn.Module):
             seen: record its amax for delayed scaling.
         """
         dtype = self.recipe.format_of(role)
+        if blocks.four_bits:
+            return self._quantize_fp4(tensor, role, blocks)
         if blocks is not Blocks.TENSOR:
             return formats.quantize_blocks(tensor, dtype, blocks)
         if self.scales is not None:
             if seen:
                 self.scales.see(role, formats.amax_of(tensor))
             return formats.quantize_tensor(tensor, self.scales.scale(role), dtype)
+        amax = self._amax(tensor)
+        return formats.quantize_tensor(tensor, formats.scale_of(amax, dtype, source=tensor.dtype), dtype)
+
+    def _quantize_fp4(self, tensor: Tensor, role: int, blocks: Blocks) -> Quantized:
+        tensor = fp4_formats.rotated(tensor) if blocks is Blocks.FP4_ROTATED else tensor
+        dice = fp4_formats.Dice(self._seed, self.step) if self.recipe.stochastic and role == GRADIENT else None
+        return fp4_formats.quantize(tensor, self._amax(tensor), blocks, dice=dice)
+
+    def _amax(self, tensor: Tensor) -> Tensor:
+        """[L, 1, 1], over all ranks over which the tensor is spread."""
         amax = formats.amax_of(tensor)
         for group in self.together:
             torch.distributed.all_reduce(amax, op=torch.distributed.ReduceOp.MAX, group=group)
-        return formats.quantize_tensor(tensor, formats.scale_of(amax, dtype, source=tensor.dtype), dtype)
+        return amax
 
 
 class _Product(torch.autograd.Function):
@@ -167,7 +185,7 @@ class _Product(torch.autograd.Function):
             rows_back = module.quantize(rows, ROWS, blocks.rows_back, seen=False)
         if blocks.weight_back is not blocks.weight and ctx.needs_input_grad[0]:
             weight_back = module.quantize(weight, WEIGHT, blocks.weight_back, seen=False)
-        ctx.save_for_backward(rows_back.codes, rows_back.scale_inv, weight_back.codes, weight_back.scale_inv)
+        ctx.save_for_backward(*(part for kept in (rows_back, weight_back) for part in _tensors(kept)))
         ctx.module, ctx.blocks = module, (rows_back.blocks, weight_back.blocks)
         ctx.dtypes, ctx.training = (rows.dtype, weight.dtype), module.training
         return formats.product(left, right, rows.dtype)
@@ -175,9 +193,9 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         (gradient,) = gradients
-        codes, scale, weight_codes, weight_scale = ctx.saved_tensors
-        rows = Quantized(codes, scale, ctx.blocks[0])
-        weight = Quantized(weight_codes, weight_scale, ctx.blocks[1])
+        saved = ctx.saved_tensors
+        rows = Quantized(saved[0], saved[1], ctx.blocks[0], saved[2])
+        weight = Quantized(saved[3], saved[4], ctx.blocks[1], saved[5])
         blocks = ctx.module.recipe.blocks
         across = ctx.module.quantize(gradient, GRADIENT, blocks.gradient, seen=ctx.training)
         of_rows = of_weight = None
@@ -189,6 +207,10 @@ class _Product(torch.autograd.Function):
                 down = ctx.module.quantize(gradient, GRADIENT, blocks.gradient_down, seen=False)
             of_weight = formats.product(formats.transposed(rows), down, ctx.dtypes[1])
         return of_rows, of_weight, None
+
+
+def _tensors(quantized: Quantized) -> tuple[Tensor, Tensor, Tensor | None]:
+    return quantized.codes, quantized.scale_inv, quantized.factor
 
 
 def require_aligned(rows: int, inner: int, columns: int, *, multiple: int) -> None:

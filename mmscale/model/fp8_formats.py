@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-BLOCK, MX_BLOCK = 128, 32
+BLOCK, MX_BLOCK, FP4_BLOCK = 128, 32, 16
 _FP32_MAX = torch.finfo(torch.float32).max
 
 
@@ -33,6 +33,8 @@ class Blocks(StrEnum):
     COLUMN: 128 neighbours in a column: the same tensors in the product that gives the weight's gradient.
     TILE: 128 x 128 values: weights, which are read in both directions.
     MX_ROW, MX_COLUMN: 32 neighbours in a row or column, for MXFP8.
+    FP4_ROW, FP4_COLUMN, FP4_TILE: 16 neighbours in a row or column, or 16 x 16 values, for NVFP4 (fp4_formats.py).
+    FP4_ROTATED: FP4_COLUMN, of values that a Hadamard rotation has mixed.
     """
 
     TENSOR = "tensor"
@@ -41,6 +43,10 @@ class Blocks(StrEnum):
     TILE = "tile"
     MX_ROW = "mx_row"
     MX_COLUMN = "mx_column"
+    FP4_ROW = "fp4_row"
+    FP4_COLUMN = "fp4_column"
+    FP4_TILE = "fp4_tile"
+    FP4_ROTATED = "fp4_rotated"
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -51,12 +57,21 @@ class Blocks(StrEnum):
             Blocks.TILE: (BLOCK, BLOCK),
             Blocks.MX_ROW: (1, MX_BLOCK),
             Blocks.MX_COLUMN: (MX_BLOCK, 1),
+            Blocks.FP4_ROW: (1, FP4_BLOCK),
+            Blocks.FP4_COLUMN: (FP4_BLOCK, 1),
+            Blocks.FP4_TILE: (FP4_BLOCK, FP4_BLOCK),
+            Blocks.FP4_ROTATED: (FP4_BLOCK, 1),
         }[self]
 
     @property
     def microscaled(self) -> bool:
         """Whether scales are those of MXFP8."""
         return self in (Blocks.MX_ROW, Blocks.MX_COLUMN)
+
+    @property
+    def four_bits(self) -> bool:
+        """Whether values are those of NVFP4."""
+        return self in (Blocks.FP4_ROW, Blocks.FP4_COLUMN, Blocks.FP4_TILE, Blocks.FP4_ROTATED)
 
 
 @dataclass(frozen=True)
@@ -67,18 +82,20 @@ class Quantized:
         codes: FP8 values, of the tensor's shape.
         scale_inv: fp32 factors that turn codes into values: [..., 1, 1], or one for each block.
         blocks: which values share a scale; with TENSOR, all values of one index of the leading dimensions do.
+        factor: [..., 1, 1] fp32, of all values of the tensor, besides `scale_inv` (NVFP4); None: 1.
     """
 
     codes: Tensor
     scale_inv: Tensor
     blocks: Blocks
+    factor: Tensor | None = None
 
     def dequantized(self) -> Tensor:
-        """The values in fp32, of the shape of the codes."""
+        """The values in fp32, of the shape of the codes, without `factor`."""
         if self.blocks is Blocks.TENSOR:
             return self.codes.float() * self.scale_inv
-        values = _blocked(self.codes.float(), self.blocks) * self.scale_inv[..., :, None, :, None]
-        return _whole(values, self.codes.shape)
+        values = blocked(self.codes.float(), self.blocks) * self.scale_inv[..., :, None, :, None]
+        return whole(values, self.codes.shape)
 
 
 def largest(dtype: torch.dtype) -> float:
@@ -157,17 +174,17 @@ def quantize_tensor(tensor: Tensor, scale: Tensor, dtype: torch.dtype) -> Quanti
 
 def quantize_blocks(tensor: Tensor, dtype: torch.dtype, blocks: Blocks) -> Quantized:
     """Quantize [..., M, K] with a power-of-two scale for each block; blocks at the edges may be smaller."""
-    values = _blocked(tensor.detach().float(), blocks)
+    values = blocked(tensor.detach().float(), blocks)
     amax = values.abs().amax(dim=(-3, -1))
     if blocks.microscaled:
         scale = mx_scale_of(amax, dtype)
     else:
         scale = scale_of(amax, dtype, power_of_two=True, source=tensor.dtype)
     codes = cast(values, scale[..., :, None, :, None], dtype)
-    return Quantized(_whole(codes, tensor.shape), scale.reciprocal(), blocks)
+    return Quantized(whole(codes, tensor.shape), scale.reciprocal(), blocks)
 
 
-def _blocked(tensor: Tensor, blocks: Blocks) -> Tensor:
+def blocked(tensor: Tensor, blocks: Blocks) -> Tensor:
     """[..., M, K] -> [..., block rows, rows in a block, block columns, columns in a block], padded with zeros."""
     rows, columns = blocks.shape
     height, width = tensor.shape[-2:]
@@ -177,8 +194,8 @@ def _blocked(tensor: Tensor, blocks: Blocks) -> Tensor:
     return tensor.reshape(*tensor.shape[:-2], down, rows, across, columns)
 
 
-def _whole(blocked: Tensor, shape: torch.Size) -> Tensor:
-    """The inverse of `_blocked`."""
+def whole(blocked: Tensor, shape: torch.Size) -> Tensor:
+    """The inverse of `blocked`."""
     *leading, down, rows, across, columns = blocked.shape
     return blocked.reshape(*leading, down * rows, across * columns)[..., : shape[-2], : shape[-1]]
 
@@ -187,20 +204,29 @@ def product(left: Quantized, right: Quantized, out: torch.dtype) -> Tensor:
     """[L, M, K] x [L, K, N] summed in fp32, as FP8 tensor cores do.
 
     With one scale per tensor the codes are multiplied and the sum is scaled. With blocks the dequantized values are
-    multiplied: the scales are powers of two, so dequantizing is exact.
+    multiplied: the scales are powers of two, or codes and scales have 6 bits together (NVFP4), so this is exact.
     """
     if left.blocks is Blocks.TENSOR and right.blocks is Blocks.TENSOR:
         summed = torch.bmm(left.codes.float(), right.codes.float())
         return (summed * (left.scale_inv * right.scale_inv)).to(out)
-    return torch.bmm(left.dequantized(), right.dequantized()).to(out)
+    summed = torch.bmm(left.dequantized(), right.dequantized())
+    if left.factor is not None and right.factor is not None:
+        summed = summed * (left.factor * right.factor)
+    return summed.to(out)
 
 
 def transposed(quantized: Quantized) -> Quantized:
     """[..., M, K] -> [..., K, M]; blocks along rows become blocks along columns."""
-    turns = ((Blocks.ROW, Blocks.COLUMN), (Blocks.MX_ROW, Blocks.MX_COLUMN))
-    turned = dict(turns) | {column: row for row, column in turns}
+    turns = (
+        (Blocks.ROW, Blocks.COLUMN),
+        (Blocks.MX_ROW, Blocks.MX_COLUMN),
+        (Blocks.FP4_ROW, Blocks.FP4_COLUMN),
+        (Blocks.FP4_ROW, Blocks.FP4_ROTATED),
+    )
+    turned = dict(turns[:3]) | {column: row for row, column in turns}
     blocks = turned.get(quantized.blocks, quantized.blocks)
-    return Quantized(quantized.codes.transpose(-2, -1), quantized.scale_inv.transpose(-2, -1), blocks)
+    scales = quantized.scale_inv.transpose(-2, -1)
+    return Quantized(quantized.codes.transpose(-2, -1), scales, blocks, quantized.factor)
 
 
 def update_delayed(history: Tensor, scale: Tensor, limit: Tensor, *, margin: int, most_recent: bool) -> None:

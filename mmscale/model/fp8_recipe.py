@@ -1,4 +1,4 @@
-"""How emulated FP8 scales the tensors of a product: formats, histories and blocks of each recipe."""
+"""How emulated FP8 and NVFP4 scale the tensors of a product: formats, histories and blocks of each recipe."""
 
 from __future__ import annotations
 
@@ -52,6 +52,14 @@ _BLOCKS = {
         rows_back=Blocks.MX_COLUMN,
         gradient_down=Blocks.MX_COLUMN,
     ),
+    "nvfp4": OperandBlocks(
+        rows=Blocks.FP4_ROW,
+        weight=Blocks.FP4_TILE,
+        gradient=Blocks.FP4_ROW,
+        weight_back=Blocks.FP4_TILE,
+        rows_back=Blocks.FP4_ROTATED,
+        gradient_down=Blocks.FP4_ROTATED,
+    ),
 }
 
 
@@ -60,18 +68,24 @@ class Recipe:
     """How tensors are scaled; attributes as in `precision.fp8_*`.
 
     Attributes:
-        scaling: delayed, tensorwise, blockwise or mxfp8.
+        scaling: delayed, tensorwise, blockwise, mxfp8 or nvfp4.
         gradient: format of gradients; rows and weights use e4m3.
         margin: delayed scales are divided by 2^margin.
         history: number of steps whose amax values are kept.
         most_recent: use the newest amax value for the scale, not the largest one of the history.
+        stochastic: nvfp4: round gradients stochastically.
+        hadamard: nvfp4: rotate the factors of the weight's gradient.
+        seed: of stochastic rounding.
     """
 
-    scaling: Literal["delayed", "tensorwise", "blockwise", "mxfp8"]
+    scaling: Literal["delayed", "tensorwise", "blockwise", "mxfp8", "nvfp4"]
     gradient: torch.dtype = formats.E5M2
     margin: int = 0
     history: int = 1024
     most_recent: bool = False
+    stochastic: bool = False
+    hadamard: bool = True
+    seed: int = 0
 
     @classmethod
     def of(cls, config: Config) -> Recipe:
@@ -84,12 +98,18 @@ class Recipe:
             margin=precision.fp8_margin,
             history=precision.fp8_amax_history,
             most_recent=precision.fp8_amax_choice == "most_recent",
+            stochastic=precision.fp8 == "nvfp4" and precision.fp4_stochastic_rounding,
+            hadamard=precision.fp4_hadamard,
+            seed=config.run.seed,
         )
 
     @property
     def blocks(self) -> OperandBlocks:
         """Which values share a scale."""
-        return _BLOCKS[self.scaling]
+        found = _BLOCKS[self.scaling]
+        if self.scaling == "nvfp4" and not self.hadamard:
+            return found._replace(rows_back=Blocks.FP4_COLUMN, gradient_down=Blocks.FP4_COLUMN)
+        return found
 
     @property
     def alignment(self) -> int:

@@ -143,4 +143,6 @@ def _assumptions(config: Config, gpu: Gpu) -> list[str]:
         lines.append("model.experts.share is auto: equal shares are assumed until data is measured")
     if config.precision.fp8 != "off":
         lines.append("FP8: memory counts activations and weights in bf16; time counts casts, of weights once a step")
+    if config.precision.fp8 == "nvfp4":
+        lines.append("NVFP4: time counts products at FP8's rate")
     return lines + roundings(config)

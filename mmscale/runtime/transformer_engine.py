@@ -42,9 +42,16 @@ def problem() -> str | None:
     return None
 
 
-def mxfp8_problem() -> str | None:
-    """Why Transformer-Engine has no MXFP8 kernels for this GPU; None: it has. Call it if `problem` found nothing."""
-    available, reason = importlib.import_module("transformer_engine.pytorch").is_mxfp8_available(return_reason=True)
+def blackwell_problem(recipe: str) -> str | None:
+    """Why Transformer-Engine has no kernels of a recipe for this GPU; None: it has. Call it if `problem` found nothing.
+
+    Args:
+        recipe: a value of precision.fp8; of these only mxfp8 and nvfp4 need a newer GPU than Hopper.
+    """
+    if recipe not in ("mxfp8", "nvfp4"):
+        return None
+    pytorch = importlib.import_module("transformer_engine.pytorch")
+    available, reason = getattr(pytorch, f"is_{recipe}_available")(return_reason=True)
     return None if available else str(reason)
 
 

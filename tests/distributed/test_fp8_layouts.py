@@ -40,7 +40,7 @@ WIDE = {
     "experts": {"counts": {"text": 2, "image": 2}, "share": {"text": 0.5, "image": 0.5}, "capacity_multiple": 128},
 }
 HISTORY = 8
-IN_BLOCKS = ("blockwise", "mxfp8")
+IN_BLOCKS = ("blockwise", "mxfp8", "nvfp4")
 
 
 def fp8(
@@ -66,6 +66,7 @@ LAYOUTS: dict[str, tuple[tuple[dict[str, Any], int], ...]] = {
     "tensorwise": ((TP2, 1), ({}, 2)),
     "blockwise": ((TP2, 1), (EP2, 1)),
     "mxfp8": ((TP2, 1), (EP2, 1), ({}, 1)),
+    "nvfp4": ((TP2, 1), (EP2, 1), ({}, 1)),
 }
 # What every change takes: each recipe once, and every kind of parallelism with delayed scales.
 ALWAYS = {
@@ -73,6 +74,7 @@ ALWAYS = {
     "tensorwise": LAYOUTS["tensorwise"][:1],
     "blockwise": LAYOUTS["blockwise"][:1],
     "mxfp8": LAYOUTS["mxfp8"][:1],
+    "nvfp4": LAYOUTS["nvfp4"][:1],
 }
 SHORT = {"delayed": LAYOUTS["delayed"][:1], "tensorwise": LAYOUTS["tensorwise"][:1]}  # in `make test`
 LONG = {"delayed": LAYOUTS["delayed"][1:3], "blockwise": LAYOUTS["blockwise"][:1]}
@@ -199,6 +201,8 @@ UNTIED: dict[str, tuple[tuple[str, dict[str, Any], int, str | None], ...]] = {
         ("blockwise", {}, 2, None),
         ("mxfp8", TP2, 1, "image"),
         ("mxfp8", {"pp": 2}, 3, None),
+        ("nvfp4", TP2, 1, None),
+        ("nvfp4", {"pp": 2}, 3, "image"),
     ),
     "mot_post_depth": (("delayed", TP2, 1, None), ("delayed", {"pp": 2}, 3, "image"), ("tensorwise", TP2, 1, None)),
     "mot_4t1i": (

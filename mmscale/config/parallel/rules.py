@@ -224,7 +224,7 @@ def _user_buffers(config: Config) -> Iterator[Problem]:
             "parallel.overlap_tensor with precision.dtype = fp32: user buffers hold bf16 or FP8",
             "use precision.dtype=bf16 or drop parallel.overlap_tensor",
         )
-    if precision.fp8 in ("blockwise", "mxfp8"):
+    if precision.fp8 in ("blockwise", "mxfp8", "nvfp4"):
         yield Problem(
             f"parallel.overlap_tensor with precision.fp8 = {precision.fp8}: user buffers carry no scales of blocks",
             "use precision.fp8=tensorwise or delayed, or drop parallel.overlap_tensor",

@@ -1,8 +1,9 @@
 """Shape requirements of FP8: static slots are rounded up to multiples, and each rounding is reported.
 
 Source: Transformer-Engine 2.11 asserts rows % 8 and last dimensions % 16, and expert rows are aligned to 16 for every
-recipe of sm_90. MXFP8 needs whole blocks of 32 in both dimensions. A blockwise tensor that is gathered (sequence
-parallelism) needs whole blocks of 128 in both dimensions.
+recipe of sm_90. MXFP8 needs whole blocks of 32 in both dimensions. NVFP4's products sum over multiples of 32, and its
+kernels for groups of rows take multiples of 128 (get_align_size_for_quantization, 2.14 to 2.20). A blockwise tensor
+that is gathered (sequence parallelism) needs whole blocks of 128 in both dimensions.
 """
 
 from __future__ import annotations
@@ -21,7 +22,12 @@ def alignment(config: Config) -> int:
 
 def alignment_of(recipe: str) -> int:
     """The same for a value of precision.fp8."""
-    return {"off": 1, "mxfp8": _MX_ALIGNMENT}.get(recipe, _ALIGNMENT)
+    return {"off": 1, "mxfp8": _MX_ALIGNMENT, "nvfp4": _MX_ALIGNMENT}.get(recipe, _ALIGNMENT)
+
+
+def group_multiple_of(recipe: str) -> int:
+    """Divisor of the rows of each group of a grouped product, for a value of precision.fp8."""
+    return BLOCK if recipe == "nvfp4" else alignment_of(recipe)
 
 
 def blocks_are_gathered(config: Config) -> bool:
@@ -31,7 +37,7 @@ def blocks_are_gathered(config: Config) -> bool:
 
 def row_multiple(config: Config) -> int:
     """Divisor of the rows of an FP8 product and of the slots of an expert [tokens]; 1 without FP8."""
-    return BLOCK if blocks_are_gathered(config) else alignment(config)
+    return BLOCK if blocks_are_gathered(config) else group_multiple_of(config.precision.fp8)
 
 
 def capacity_multiple(config: Config) -> int:

@@ -45,6 +45,13 @@ def _recipe(config: Config) -> Iterator[Problem]:
                 f"precision.{key} = {count} is more than the {layers // config.parallel.pp} layers of a pipeline stage",
                 "lower it",
             )
+    standard = precision.fp4_stochastic_rounding and precision.fp4_hadamard
+    if precision.fp8 == "nvfp4" and not precision.fp8_emulate and not standard:
+        yield Problem(  # fp4_utils.py: NVFP4BlockScaling() without arguments
+            "precision.fp4_stochastic_rounding and fp4_hadamard cannot be switched off for Transformer-Engine's "
+            "kernels: megatron-core takes the recipe as it is",
+            "leave them on, or set precision.fp8_emulate=true",
+        )
     if precision.fp8_margin > _LARGEST_MARGIN:
         yield Problem(
             f"precision.fp8_margin = {precision.fp8_margin}: scales would be 2^{precision.fp8_margin} times too small",

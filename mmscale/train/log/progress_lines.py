@@ -224,7 +224,8 @@ def _format(config: Config) -> str:
     precision = config.precision
     if precision.fp8 == "off":
         return precision.dtype
-    return f"{precision.dtype} with {'emulated ' if precision.fp8_emulate else ''}FP8 ({precision.fp8})"
+    recipe = "NVFP4" if precision.fp8 == "nvfp4" else f"FP8 ({precision.fp8})"
+    return f"{precision.dtype} with {'emulated ' if precision.fp8_emulate else ''}{recipe}"
 
 
 def _experts(config: Config) -> str:

@@ -1,5 +1,7 @@
 """Delayed FP8 scales during a run: reduced over ranks after every step, stored in checkpoints under the weights' names.
 
+Also gives the number of the step to products that round stochastically (NVFP4).
+
 For emulated FP8; Transformer-Engine does this by itself. mmscale.model.fp8_emulate records amax values and computes
 scales. Scales change only when a step was applied: amax values of a rejected batch or a dry run are forgotten.
 """
@@ -14,7 +16,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from mmscale.checkpoint.tensors import SCALING
-from mmscale.model.fp8_emulate import DelayedScales
+from mmscale.model.fp8_emulate import DelayedScales, Fp8Product
 from mmscale.model.sharding import box_of
 from mmscale.train.steps.batch import Batch
 
@@ -52,6 +54,29 @@ class DelayedScaling:
             for scales, seen in zip(mine, flat.split([scales.seen.numel() for scales in mine]), strict=True):
                 scales.seen.copy_(seen.view_as(scales.seen))
                 scales.update()
+
+
+class RoundingSteps:
+    """Gives products the number of the step, so that a resumed run rounds as if it had not stopped (`StepObserver`).
+
+    Args:
+        chunks: the model.
+        per_step: micro-batches of a step, over all ranks.
+    """
+
+    def __init__(self, chunks: Iterable[torch.nn.Module], *, per_step: int) -> None:
+        modules = [module for chunk in chunks for module in chunk.modules()]
+        self.products = [module for module in modules if isinstance(module, Fp8Product) and module.recipe.stochastic]
+        self.per_step = per_step
+
+    def begin(self, batches: Sequence[Batch]) -> None:
+        """Set the step of these batches, the same on every rank."""
+        for product in self.products:
+            product.step = batches[0].params.noise_key // self.per_step
+
+    def finish(self, *, lr: float) -> None:
+        """Nothing to do."""
+        del lr
 
 
 def sharded(chunks: Iterable[torch.nn.Module]) -> dict[str, ShardedTensor]:

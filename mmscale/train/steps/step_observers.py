@@ -22,7 +22,7 @@ from mmscale.model.thresholds import Cutoffs, move
 from mmscale.model.token_choice import Loads, balance
 from mmscale.train.steps.auxiliary_routers import AuxiliaryTrainer
 from mmscale.train.steps.batch import Batch
-from mmscale.train.steps.fp8_scales import DelayedScaling, scales_of
+from mmscale.train.steps.fp8_scales import DelayedScaling, RoundingSteps, scales_of
 from mmscale.train.steps.loss_weights import LossWeights, loss_weights_of
 
 
@@ -134,6 +134,8 @@ def observers_of(
         found.append(weights)
     if scales := scales_of(chunks):
         found.append(DelayedScaling(scales, groups))
+    if config.precision.emulated and config.precision.fp8 == "nvfp4" and config.precision.fp4_stochastic_rounding:
+        found.append(RoundingSteps(chunks, per_step=config.train.global_batch_size // config.train.micro_batch_size))
     return found
 
 

@@ -225,7 +225,10 @@ class TestWrongValues:
             ("optim.min_lr=.nan", "optim.min_lr is NaN, wants a number of at least 0"),
             ("model.depth.capacity=1.5", "model.depth.capacity is 1.5, wants a number above 0 and at most 1"),
             ("model.kind=mixed", 'model.kind is "mixed", wants one of dense, moe, moma'),
-            ("precision.fp8=on", 'precision.fp8 is "on", wants one of off, delayed, tensorwise, blockwise, mxfp8'),
+            (
+                "precision.fp8=on",
+                'precision.fp8 is "on", wants one of off, delayed, tensorwise, blockwise, mxfp8, nvfp4',
+            ),
             ("train.dry_run=maybe", 'train.dry_run is "maybe", wants true or false'),
             ("run.name=../x", "run.name is \"../x\", wants a name of letters, digits, '.', '_' and '-'"),
             ("run.dir=[a]", 'run.dir is ["a"], wants text'),

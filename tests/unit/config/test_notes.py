@@ -86,7 +86,9 @@ ROWS: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
             ("truncate", False, "linear", "yarn"),
         )
     },
-    "precision.fp8_format": ("e4m3", {}, {"precision__fp8": "tensorwise"}),
+    "precision.fp8_format": ("e4m3", {"precision__fp8": "nvfp4"}, {"precision__fp8": "tensorwise"}),
+    "precision.fp4_stochastic_rounding": (False, {"precision__fp8": "mxfp8"}, {"precision__fp8": "nvfp4"}),
+    "precision.fp4_hadamard": (False, {}, {"precision__fp8": "nvfp4"}),
     "precision.fp8_margin": (1, {"precision__fp8": "blockwise"}, {"precision__fp8": "delayed"}),
     "precision.fp8_amax_history": (16, {}, {"precision__fp8": "delayed"}),
     "precision.fp8_amax_choice": ("most_recent", {"precision__fp8": "tensorwise"}, {"precision__fp8": "delayed"}),

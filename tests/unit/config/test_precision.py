@@ -38,6 +38,7 @@ def config(**changes: Any) -> Config:
 
 BLOCKWISE = {"precision__fp8": "blockwise"}
 MXFP8 = {"precision__fp8": "mxfp8"}
+NVFP4 = {"precision__fp8": "nvfp4"}
 BROKEN = [
     ({"precision__fp8": "off"}, "precision.fp8_emulate is set, but precision.fp8 = off"),
     ({"precision": {"fp8_skip_last": 1}}, "precision.fp8_skip_last is set, but precision.fp8 = off"),
@@ -70,6 +71,14 @@ BROKEN = [
     ),
     ({**MXFP8, "model__ffn_hidden_size": 48}, "model.ffn_hidden_size, 48 on a rank, is not a multiple of 32"),
     ({**MXFP8, "model__seq_length": 144}, "model.seq_length = 144 is not a multiple of 32"),
+    ({**NVFP4, "model__ffn_hidden_size": 48}, "model.ffn_hidden_size, 48 on a rank, is not a multiple of 32"),
+    ({**NVFP4, "model__seq_length": 192}, "model.seq_length = 192 is not a multiple of 128"),
+    ({**NVFP4, "parallel__tp": 4}, "model.seq_length = 256, of which a rank holds 64"),
+    ({**NVFP4, "precision__fp8_emulate": False, "precision__fp4_hadamard": False}, "megatron-core takes the recipe as"),
+    (
+        {**NVFP4, "parallel__tp": 2, "parallel__overlap_tensor": True, "precision__fp8_emulate": False},
+        "user buffers carry no scales of blocks",
+    ),
     ({"model__depth": {"capacity": 0.05}, "parallel__tp": 2}, "Mixture-of-Depths layer selects = 16, of which"),
 ]
 
@@ -90,6 +99,8 @@ def test_refused_with_the_way_out(changes: dict[str, Any], cause: str) -> None:
         {**BLOCKWISE, "parallel__tp": 2},
         {**MXFP8, "precision__fp8_skip_first": 1},
         {**MXFP8, "parallel__tp": 2},
+        {**NVFP4, "precision__fp4_stochastic_rounding": False, "precision__fp4_hadamard": False},
+        {**NVFP4, "parallel__tp": 2, "precision__fp8_emulate": False},
         {"parallel__tp": 2, "train__micro_batch_size": 2, "model__seq_length": 16},
     ],
 )

@@ -30,7 +30,8 @@ TESTS: dict[str, tuple[str, ...]] = {
     "checkpoints": ("checkpoints",),
     "steps": ("steps", "benchmark"),
     "layouts": ("layouts",),
-    "untied": ("untied",),
+    "untied": ("untied", "untied_fp8"),
+    "fp4": ("fp4",),
     "ring": ("ring",),
 }
 _MEGATRON = "from importlib.metadata import version; print(version('megatron-core'))"

@@ -72,6 +72,17 @@ class TokenCounts:
         first = (self.own.sum(axis=0) if self.local is None else self.local)[:-1].tolist()
         return [*first, total - sum(first)]
 
+    def at_most(self, total: int) -> list[int]:
+        """Upper bounds of the tokens of each modality among those that this rank computes; exact where `rows` is.
+
+        Args:
+            total: number of these tokens, with padding, which counts as the last modality.
+        """
+        if (exact := self.rows(total)) is not None:
+            return exact
+        first = range(self.own.shape[1] - 1)
+        return [*(min(total, int(self.most(self.own, (number,)).sum())) for number in first), total]
+
     def kept(self, keep: int, quotas: tuple[int, ...] | None) -> TokenCounts:
         """The counts for the layers inside a Mixture-of-Depths layer that keeps only some of the tokens."""
         return replace(self, keep=keep, quotas=quotas)

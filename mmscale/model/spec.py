@@ -57,7 +57,7 @@ def backend(config: Config) -> Literal["te", "torch"]:
     if config.model.backend == "te":
         transformer_engine.require("model.backend = te")
         return "te"
-    if config.precision.emulated or config.model.untie:
+    if config.precision.emulated or (config.model.untie and config.precision.fp8 == "off"):
         return "torch"
     return "te" if config.model.backend == "auto" and transformer_engine.usable() else "torch"
 

@@ -46,7 +46,8 @@ class Kernels(StrEnum):
 
 def on_gpu(config: Config) -> Kernels:
     """Kernels of a configuration on a GPU. With `model.backend: auto` Transformer-Engine is assumed to be installed."""
-    if config.model.backend == "auto" and (config.model.untie or config.precision.emulated):
+    plain = config.precision.emulated or (config.model.untie and config.precision.fp8 == "off")
+    if config.model.backend == "auto" and plain:
         return Kernels.CUDA  # as in model/spec.py
     return Kernels.CUDA if config.model.backend == "torch" else Kernels.TE
 

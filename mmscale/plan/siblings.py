@@ -86,7 +86,7 @@ def siblings(config: Config, *, experts: int | None = None, tolerance: float = T
         for name, model in _models(counts).items():
             if depth and ("mixed" in model.groups or model.untie or model.tokens_choose):
                 continue  # the papers have no such models
-            if model.untie and not _can_untie(config):
+            if model.untie and not _can_untie(config, model):
                 continue
             label = f"mod_{name}" if depth else name
             made = _of_model(config, model, depth=depth)
@@ -133,11 +133,13 @@ def _models(counts: dict[str, int]) -> dict[str, _Model]:
     }
 
 
-def _can_untie(config: Config) -> bool:
-    """Whether a sibling with untied weights breaks no rule of config/model/rules.py that the given one keeps."""
+def _can_untie(config: Config, sibling: _Model) -> bool:
+    """Whether an untied sibling breaks no rule of config/model/rules.py or config/experts/rules.py."""
     model = config.model
-    kernels = config.precision.fp8 != "off" and not config.precision.emulated
-    plain = not model.qkv_bias and model.backend != "te" and not kernels
+    kernels = "te" in (model.backend, model.experts.compute) or (
+        config.precision.fp8 != "off" and not config.precision.emulated
+    )
+    plain = not model.qkv_bias and not (kernels and sibling.ungated)
     return plain and len(config.vocab.names) > 1 and not config.parallel.overlap_tensor
 
 

@@ -26,6 +26,8 @@ LONG = (
     "checks_steps.py",
     "checks_layouts.py",
     "checks_untied.py",
+    "checks_untied_fp8.py",
+    "checks_fp4.py",
 )
 
 

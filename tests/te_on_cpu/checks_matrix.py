@@ -18,6 +18,7 @@ from tests.distributed.layouts import References, assert_equal, config, trace
 from tests.distributed.test_resume import TOLERANCE, leg, settings, start
 from tests.support import run_ranks
 from tests.te_on_cpu import checks_layouts as layouts
+from tests.te_on_cpu import checks_untied_fp8 as untied
 from tests.te_on_cpu.checks_layouts import references  # noqa: F401  a fixture
 from tests.te_on_cpu.over_te import can_run, in_whole_blocks, small, using  # noqa: F401  a fixture
 
@@ -82,6 +83,17 @@ def test_uneven_layouts_in_fp32_are_one_process(references: References, world_si
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_uneven_layouts_in_fp8_are_near_bf16(world_size: int, recipe: str) -> None:
     layouts.assert_fp8_near_bf16(_uneven(world_size, all_of_them=True), recipe, world_size=world_size)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("model", untied.OTHERS)
+def test_untied_models_in_fp8_are_one_process(
+    references: References,  # noqa: F811
+    model: str,
+    recipe: str,
+    tmp_path: Path,
+) -> None:
+    untied.assert_one_process(references, model, [(recipe, parallel) for parallel in untied.OTHERS[model]], tmp_path)
 
 
 def test_a_dense_run_may_change_its_backend(tmp_path: Path) -> None:

@@ -106,17 +106,28 @@ def _untied(config: Config) -> Iterator[Problem]:
             "model.untie names attention, whose untied projections have no biases, but model.qkv_bias is set",
             "remove one of them",
         )
-    if config.precision.fp8 != "off" and not config.precision.emulated:
-        yield Problem(
-            f"model.untie with precision.fp8 = {config.precision.fp8}: untied weights are multiplied in "
-            "bf16 or fp32 only, by both backends",
-            "use precision.fp8=off, or precision.fp8_emulate=true to study what FP8 does to the loss",
-        )
+    yield from _frozen_in_fp8(config)
     if config.parallel.overlap_tensor:
         yield Problem(
             "model.untie with parallel.overlap_tensor: the overlap is part of Transformer-Engine's linears",
             "use parallel.overlap_tensor=false",
         )
+
+
+def _frozen_in_fp8(config: Config) -> Iterator[Problem]:
+    """One grouped product has all modalities' weights, and computes the gradients of all if its first has one."""
+    if config.precision.fp8 == "off" or config.precision.emulated:
+        return
+    for part in ("attention", "ffn"):
+        frozen = [name for name in config.vocab.names if {name, f"{name}.{part}"} & set(config.optim.freeze)]
+        if part in config.model.untie and 0 < len(frozen) < len(config.vocab.names):
+            yield Problem(
+                f"optim.freeze names {', '.join(frozen)}, whose {part} is untied, with precision.fp8 = "
+                f"{config.precision.fp8}: Transformer-Engine's grouped product trains the weights of all modalities "
+                "or of none",
+                "use precision.fp8=off or precision.fp8_emulate=true, or freeze other parts, such as "
+                f"{frozen[0]}.norms",
+            )
 
 
 def _dropout(config: Config) -> Iterator[Problem]:

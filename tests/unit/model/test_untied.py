@@ -148,13 +148,17 @@ def replace_share(config: Any, share: dict[str, float]) -> Any:
     return config.model_copy(update={"model": config.model.model_copy(update={"experts": experts})})
 
 
+FP8: dict[str, Any] = {"precision": {"dtype": "bf16", "fp8": "delayed"}}
+
+
 @pytest.mark.parametrize(
     ("kind", "model", "other", "said"),
     [
         ("moma", {"untie": ["ffn"]}, {}, "are experts"),
         ("dense", {"untie": ["norms", "norms"]}, {}, "twice"),
         ("dense", {"untie": ["attention"], "qkv_bias": True}, {}, "no biases"),
-        ("dense", {"untie": ["ffn"]}, {"precision": {"dtype": "bf16", "fp8": "delayed"}}, "bf16 or fp32 only"),
+        ("dense", {"untie": ["ffn"]}, FP8 | {"optim": {"freeze": ["text"]}}, "text, whose ffn is untied"),
+        ("dense", {"untie": ["attention"]}, FP8 | {"optim": {"freeze": ["image.attention"]}}, "image, whose attention"),
         ("dense", {"untie": ["ffn"]}, {"parallel": {"tp": 2, "overlap_tensor": True}}, "Transformer-Engine's linears"),
     ],
 )
@@ -162,6 +166,24 @@ def test_what_is_refused(kind: str, model: dict[str, Any], other: dict[str, Any]
     config = tiny(kind, **model)
     config = type(config).model_validate(config.model_dump() | other)
     assert any(said in problem.cause for problem in violations(config))
+
+
+@pytest.mark.parametrize(
+    ("other", "model"),
+    [
+        (FP8, {}),
+        (FP8 | {"optim": {"freeze": ["text.norms"]}}, {}),
+        (FP8 | {"optim": {"freeze": ["text", "image"]}}, {}),
+        ({"precision": FP8["precision"] | {"fp8_emulate": True}, "optim": {"freeze": ["text"]}}, {}),
+        (FP8 | {"optim": {"freeze": ["text.experts"]}}, {"untie": ["attention"]}),
+    ],
+    ids=str,
+)
+def test_what_fp8_does_not_refuse(other: dict[str, Any], model: dict[str, Any]) -> None:
+    sizes = {"hidden_size": 32, "ffn_hidden_size": 32, "num_attention_heads": 2, "seq_length": 32}
+    config = tiny("moma" if model else "dense", **sizes, **({"untie": MOT} | model))
+    config = type(config).model_validate(config.model_dump() | other)
+    assert violations(config) == []
 
 
 def test_one_modality_is_refused() -> None:

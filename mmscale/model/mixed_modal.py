@@ -34,11 +34,36 @@ if TYPE_CHECKING:
     from mmscale.model.token_choice import Loads
 
 
+class MicroBatchSum:
+    """The sum of a tensor over a step's micro-batches, in the memory of two of them.
+
+    Layers see micro-batches in the order of their numbers. What is reported again of the newest one replaces the
+    former; an earlier one can only be repeated, by recompute, and is not added twice.
+    """
+
+    def __init__(self, micro_batch: int, value: Tensor) -> None:
+        self._before: Tensor | None = None  # of all micro-batches but the newest one
+        self._newest, self._value = micro_batch, value
+
+    def put(self, micro_batch: int, value: Tensor) -> None:
+        """Add the tensor of a micro-batch."""
+        if micro_batch < self._newest:
+            return
+        if micro_batch > self._newest:
+            self._before, self._newest = self.total, micro_batch
+        self._value = value
+
+    @property
+    def total(self) -> Tensor:
+        """Sum over all micro-batches so far."""
+        return self._value if self._before is None else self._before + self._value
+
+
 class RoutingStats:
     """Collects detached routing metrics of a step's micro-batches, by (layer, name).
 
-    What is reported again of the same micro-batch replaces the former: recompute repeats it, and a Mixture-of-Depths
-    layer reports the norms of all tokens after the layer inside it has reported those of its own.
+    What is reported again of the same micro-batch counts once: recompute repeats it, and a Mixture-of-Depths layer
+    reports the norms of all tokens after the layer inside it has reported those of its own.
 
     Args:
         modalities: number of modalities that the counts of every layer are split by; 0: no counts are collected.
@@ -46,8 +71,13 @@ class RoutingStats:
 
     def __init__(self, *, modalities: int = 0) -> None:
         self.modalities = modalities
-        self._figures: dict[tuple[int, str], dict[int, Tensor]] = {}
-        self._counts: dict[tuple[int, str], dict[int, Tensor]] = {}
+        self._figures: dict[tuple[int, str], MicroBatchSum] = {}
+        self._counts: dict[tuple[int, str], MicroBatchSum] = {}
+
+    def clear(self) -> None:
+        """Forget everything; called before a step's micro-batches are computed, the first time or again."""
+        self._figures.clear()
+        self._counts.clear()
 
     def add(self, layer: int, name: str, value: Tensor, *, micro_batch: int, weight: Tensor | None = None) -> None:
         """Add a scalar tensor. Does not synchronise with the host.
@@ -56,21 +86,21 @@ class RoutingStats:
             layer: number of the layer, from 1.
             name: of the metric.
             value: of this micro-batch.
-            micro_batch: its number, which is different for every micro-batch of the step.
+            micro_batch: its number, which is larger for every later micro-batch of the step.
             weight: a scalar, such as the number of tokens that `value` is a mean of; 0 where there are none. None: 1.
         """
         value = value.detach().double()
         weight = torch.ones_like(value) if weight is None else weight.detach().double()
-        self._figures.setdefault((layer, name), {})[micro_batch] = torch.stack((value * weight, weight))
+        _put(self._figures, (layer, name), micro_batch, torch.stack((value * weight, weight)))
 
     def count(self, layer: int, name: str, value: Tensor, *, micro_batch: int) -> None:
         """Add a tensor of sums, which may be added up over ranks that hold other tokens. Arguments as for `add`."""
-        self._counts.setdefault((layer, name), {})[micro_batch] = value.detach().double()
+        _put(self._counts, (layer, name), micro_batch, value.detach().double())
 
     @property
     def counts(self) -> dict[tuple[int, str], Tensor]:
         """Sums over micro-batches and tokens."""
-        return _summed(self._counts)
+        return {key: found.total for key, found in self._counts.items()}
 
     def read(self) -> dict[tuple[int, str], tuple[float, float]]:
         """The sum of value times weight and that of weights, over micro-batches; waits for the device once.
@@ -79,12 +109,15 @@ class RoutingStats:
         """
         if not self._figures:
             return {}
-        pairs = torch.stack(list(_summed(self._figures).values())).tolist()
+        pairs = torch.stack([found.total for found in self._figures.values()]).tolist()
         return {key: (weighted, weight) for key, (weighted, weight) in zip(self._figures, pairs, strict=True)}
 
 
-def _summed(values: Mapping[tuple[int, str], Mapping[int, Tensor]]) -> dict[tuple[int, str], Tensor]:
-    return {key: torch.stack(list(parts.values())).sum(dim=0) for key, parts in values.items()}
+def _put(sums: dict[tuple[int, str], MicroBatchSum], key: tuple[int, str], micro_batch: int, value: Tensor) -> None:
+    if key in sums:
+        sums[key].put(micro_batch, value)
+    else:
+        sums[key] = MicroBatchSum(micro_batch, value)
 
 
 def means_over_layers(ranks: Iterable[Mapping[tuple[int, str], tuple[float, float]]]) -> dict[str, float]:
@@ -197,6 +230,10 @@ class MixedModalParams(PackedSeqParams):
                 self._cache[key] = make()
         found: T = self._cache[key]
         return found
+
+    def forget(self) -> None:
+        """Free what `cached` keeps; it is made again when it is needed."""
+        self._cache.clear()
 
     def tokens_of(self, modalities: tuple[int, ...]) -> Tensor:
         """[S, B] bool: the token belongs to one of these modalities."""

@@ -122,6 +122,8 @@ class Trainer:
         lr = self._learning_rate(step)
 
         def on_device() -> list[Batch]:
+            if stats is not None:  # a replay computes the same micro-batches again
+                stats.clear()
             return [to_device(part, self.vocabulary, stats=stats) for part in batch.micro_batches]
 
         result = self.guard.take(batch, on_device, lr=lr)

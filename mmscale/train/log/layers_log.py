@@ -1,7 +1,7 @@
 """Logs what every layer did with the tokens of a step: expert load and co-selection, depth selection, output norm.
 
-Written to layers.jsonl at every `log.layers_every`-th logged step. Counts are those of the last micro-batch of every
-rank, summed over ranks on the device and fetched once. Other steps are not affected.
+Written to layers.jsonl at every `log.layers_every`-th logged step. Counts are those of all micro-batches of the
+step, summed over ranks on the device and fetched once. Other steps are not affected.
 """
 
 from __future__ import annotations

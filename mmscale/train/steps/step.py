@@ -212,23 +212,30 @@ class Stepper:
         """As `Steps.pick`, without noise and dropout."""
         for chunk in self.chunks:
             chunk.eval()
-        return self._scheduled(self._forward_picking, list(zip(batches, wanted, strict=True)), forward_only=True)
+        pairs = list(zip(batches, wanted, strict=True))
+        return self._scheduled(self._forward_picking, batches, pairs, forward_only=True)
 
     def _run(self, batches: Sequence[Batch], *, forward_only: bool) -> Tensor:
         # Held-out losses are always cross entropy, whatever the training loss.
         weights = None if forward_only else self.loss_weights
         forward = functools.partial(self._forward, self.objective if forward_only else self.loss, weights)
-        reports = self._scheduled(forward, batches, forward_only=forward_only)
+        reports = self._scheduled(forward, batches, batches, forward_only=forward_only)
         if not reports:
             modalities, given = self.objective.modalities, batches[0].given
             rows = modalities + 1 + (0 if given is None else len(given) * modalities)
             return torch.zeros(rows, 2, device=device.taken())
         return torch.stack(reports).sum(dim=0)
 
-    def _scheduled(self, forward: Callable[..., Any], batches: Sequence[Any], *, forward_only: bool) -> list[Tensor]:
-        """Reports of the micro-batches in their order; empty before the last pipeline stage."""
+    def _scheduled(
+        self, forward: Callable[..., Any], batches: Sequence[Batch], given: Sequence[Any], *, forward_only: bool
+    ) -> list[Tensor]:
+        """Reports of the micro-batches in their order; empty before the last pipeline stage.
+
+        `given` is what `forward` gets of each.
+        """
         # Every stage and every chunk reads the same micro-batches, because all layers need modality ids.
-        iterators: list[Iterator[Any]] = [iter(batches) for _ in self.chunks]
+        in_flight = 1 if self._sends is None else 2 * self.config.parallel.pp
+        iterators = [_one_by_one(batches, given, in_flight=in_flight) for _ in self.chunks]
         reports: list[Tensor] = self._schedule(
             forward_step_func=forward,
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
@@ -285,6 +292,17 @@ class Stepper:
         chunk = self.config.parallel.loss_chunk
         ce, log_z = chunked_cross_entropy(hidden, weight, batch.labels, self.groups.tp, chunk=chunk)
         return self._of_tokens(weights, batch, ce, log_z)
+
+
+def _one_by_one(batches: Sequence[Batch], given: Sequence[Any], *, in_flight: int) -> Iterator[Any]:
+    """What is given of each micro-batch; frees what layers keep of those that have gone backward.
+
+    An attention mask of S^2 elements is among it, so that keeping all would cost gigabytes in a step of hundreds.
+    """
+    for number, one in enumerate(given):
+        if number >= in_flight:
+            batches[number - in_flight].params.forget()
+        yield one
 
 
 def _output(model: torch.nn.Module, batch: Batch) -> Tensor:

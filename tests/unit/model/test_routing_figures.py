@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import pickle
+from collections.abc import Callable, Iterable, Iterator
 
 import pytest
 import torch
@@ -132,7 +133,7 @@ def test_figures_of_layers_are_averaged_and_detached(build: Callable[..., GPTMod
     stats = RoutingStats()
     run_model(build(tiny()), usual_batch(), stats=stats)
     assert {layer for layer, _ in stats.read()} == {1, 2}
-    assert not any(value.requires_grad for parts in stats._figures.values() for value in parts.values())
+    assert not any(found.total.requires_grad for found in stats._figures.values())
     for name, mean in means_over_layers([stats.read()]).items():
         own = {layer: value / weight for (layer, key), (value, weight) in stats.read().items() if key == name}
         assert mean == pytest.approx(sum(own.values()) / len(own))
@@ -140,8 +141,8 @@ def test_figures_of_layers_are_averaged_and_detached(build: Callable[..., GPTMod
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("again", [False, True], ids=["", "recomputed"])
-def test_figures_of_a_step_weigh_tokens(ranks: int, again: bool, build: Callable[..., GPTModel]) -> None:
+@pytest.mark.parametrize("in_flight", [0, 1, 2], ids=["", "recomputed", "recomputed in a pipeline"])
+def test_figures_of_a_step_weigh_tokens(ranks: int, in_flight: int, build: Callable[..., GPTModel]) -> None:
     """Micro-batches, on one rank or two, of which one has no image: it does not change the images' share."""
     config = tiny(experts=moma_experts(share=UNEVEN, capacity_factor=0.4), depth=depth())
     model = build(config)
@@ -149,7 +150,7 @@ def test_figures_of_a_step_weigh_tokens(ranks: int, again: bool, build: Callable
 
     def figures(numbers: Iterable[int]) -> RoutingStats:
         stats = RoutingStats(modalities=2)
-        for number in [n for n in numbers for _ in range(1 + again)]:
+        for number in reported(list(numbers), in_flight=in_flight):
             run_model(model, batch_of(parts[number], length=12), stats=stats, noise_key=number)
         return stats
 
@@ -167,6 +168,28 @@ def test_figures_of_a_step_weigh_tokens(ranks: int, again: bool, build: Callable
     whole = fractions({key: value.numpy() for key, value in counts.items()}, config.vocab.names)
     missed = [layer["experts"]["image"]["image"]["unrouted"] for layer in whole.values()]
     assert got["experts/image/unrouted_fraction"] == pytest.approx(sum(missed) / len(missed), rel=1e-4)
+
+
+def reported(numbers: list[int], *, in_flight: int) -> Iterator[int]:
+    """The order in which layers see micro-batches: each again `in_flight` forward passes later; 0: no recompute."""
+    for place in range(len(numbers) + in_flight):
+        if place < len(numbers):
+            yield numbers[place]
+        if 0 < in_flight <= place + 1 and place + 1 - in_flight < len(numbers):
+            yield numbers[place + 1 - in_flight]
+
+
+def test_memory_of_figures_does_not_grow_with_micro_batches() -> None:
+    def size(micro_batches: int) -> int:
+        stats = RoutingStats(modalities=2)
+        for number in reported(list(range(7, 7 + micro_batches)), in_flight=4):
+            stats.add(1, "figure", torch.tensor(0.5), micro_batch=number, weight=torch.tensor(3))
+            stats.count(1, "experts/text/0", torch.ones(1000), micro_batch=number)
+        assert stats.read() == {(1, "figure"): (1.5 * micro_batches, 3.0 * micro_batches)}
+        assert torch.equal(stats.counts[1, "experts/text/0"], torch.full((1000,), float(micro_batches)).double())
+        return len(pickle.dumps(stats))
+
+    assert size(300) <= size(8) + 64
 
 
 def test_figures_change_no_result(build: Callable[..., GPTModel]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import cast
@@ -16,6 +17,7 @@ from mmscale.data.stream.loader import StepBatch
 from mmscale.data.vocab import Vocabulary
 from mmscale.errors import TrainingError
 from mmscale.train.loop import Trainer
+from mmscale.train.proof.synthetic import SyntheticMixture
 from mmscale.train.state.train_state import TrainState
 from mmscale.train.steps.batch import Batch
 from mmscale.train.steps.step import StepResult, Steps
@@ -189,3 +191,29 @@ def test_an_error_saves_nothing_and_asks_nobody() -> None:
 def test_the_first_and_the_last_step_are_logged_and_every_nth() -> None:
     settings = config("log.every=4", "train.steps=10")
     assert [step for step in range(1, 11) if is_logged(settings, step)] == [1, 4, 8, 10]
+
+
+def test_figures_of_a_replayed_batch_are_those_of_the_replay() -> None:
+    """A fault of hardware gives NaN everywhere; the second attempt is the one that is logged."""
+    settings = config("train.steps=1", "optim.warmup=0", "model.seq_length=32")
+    mixture = SyntheticMixture(settings, share={"text": 0.5, "image": 0.5})
+    found: list[dict[tuple[int, str], tuple[float, float]]] = []
+
+    class Replaying(Recording):
+        def batches(self, state: TrainState) -> Iterator[StepBatch]:
+            parts = tuple(mixture.micro_batch(number) for number in range(2))
+            yield StepBatch(micro_batches=parts, counts=(60, 40), label_counts=(50, 40), index=0)
+
+        def take(self, batch: StepBatch, on_device: Callable[[], list[Batch]], *, lr: float) -> StepResult:
+            for value in (math.nan, 1.0):
+                for number, part in enumerate(on_device()):
+                    assert part.params.stats is not None
+                    part.params.stats.add(1, "norm", torch.tensor(value), micro_batch=number)
+            return StepResult(sums=torch.zeros(3, 2), grad_norm=1.0, applied=True)
+
+        def on_step(self, state: TrainState, report: StepReport) -> None:
+            assert report.stats is not None
+            found.append(report.stats.read())
+
+    Replaying(settings).trainer(fresh()).fit()
+    assert found == [{(1, "norm"): (2.0, 2.0)}]

@@ -191,3 +191,16 @@ def test_tokens_that_are_asked_for_are_of_the_same_probability_in_chunks(ranks: 
     logits, hidden = config.vocab.padded_size, config.model.hidden_size
     assert widths == [logits] * 2 + [hidden] * 2 and logits != hidden
     process_groups.finalize()
+
+
+@distributed(world_size=1)
+def test_what_layers_keep_of_a_micro_batch_goes_with_it(ranks: RankEnv) -> None:
+    """Masks of a micro-batch are as large as S^2; a step of hundreds of micro-batches must not keep those of all."""
+    process_groups.start(ranks)
+    config = changed(tiny("moma_depth"), "train", global_batch_size=12)
+    made, given = parts(config), batches(config, range(6))
+    made.stepper.accumulate(given)
+    assert [bool(batch.params._cache) for batch in given] == [False] * 5 + [True]
+    made.stepper.evaluate(given)
+    assert [bool(batch.params._cache) for batch in given] == [False] * 5 + [True]
+    process_groups.finalize()

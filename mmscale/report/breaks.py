@@ -13,9 +13,6 @@ from typing import Any
 
 from mmscale.report.facts import changes
 from mmscale.runs.breaks import Break, break_of
-from mmscale.runs.held_out import ACCURACY, EVAL
-
-LEARNING_RATE = "lr"  # column of the metrics
 
 
 @dataclass(frozen=True)
@@ -25,23 +22,16 @@ class Cut:
     Attributes:
         step: the last step before it.
         text: what changed there.
-        training, held_out, tasks, rate: which curves are interrupted; `held_out` also interrupts accuracies.
+        broken: which curves are interrupted.
     """
 
     step: int
     text: str
-    training: bool
-    held_out: bool
-    tasks: bool = False
-    rate: bool = False
+    broken: Break
 
     def breaks(self, key: str) -> bool:
         """Whether the curve of a column is interrupted here."""
-        if key == LEARNING_RATE:
-            return self.rate
-        if not key.startswith(EVAL):
-            return self.training
-        return self.held_out or (self.tasks and f"/{ACCURACY}" in key)
+        return self.broken.breaks(key)
 
 
 def cuts_of(run: Path, events: Sequence[Mapping[str, Any]], *, name: str = "") -> list[Cut]:
@@ -66,21 +56,13 @@ def cuts_of(run: Path, events: Sequence[Mapping[str, Any]], *, name: str = "") -
         known = lines if isinstance(lines, list) else by_attempt.get(event.get("attempt"), [])
         one = break_of([str(line) for line in known])
         if step > 0 and (one.what or one.rate):
-            before = found.get(step, Break())
-            what = tuple(dict.fromkeys((*before.what, *one.what)))
-            found[step] = Break(
-                what,
-                one.training or before.training,
-                one.held_out or before.held_out,
-                one.tasks or before.tasks,
-                one.rate or before.rate,
-            )
+            found[step] = found.get(step, Break()) | one
     return [_cut(step, one, name=name) for step, one in sorted(found.items())]
 
 
 def _cut(step: int, one: Break, *, name: str) -> Cut:
     text = f"{name} changed: {', '.join(one.what) or 'learning rate'}".strip()
-    return Cut(step, text, one.training, one.held_out, one.tasks, one.rate)
+    return Cut(step, text, one)
 
 
 def steps_of(cuts: Sequence[Cut], key: str) -> tuple[int, ...]:

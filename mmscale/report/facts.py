@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ def results(
     *,
     timeline: Timeline | None = None,
     events: Sequence[Event] = (),
-    since: int = 0,
+    since: Callable[[str], int] = lambda _: 0,
     parts: HeldOutParts | None = None,
     whole: bool = False,
 ) -> dict[str, str]:
@@ -52,7 +52,7 @@ def results(
         history: its metrics.
         timeline: of the run.
         events: of events.jsonl.
-        since: the step after which held-out losses are comparable with each other.
+        since: returns the step after which the held-out losses of a column are comparable with each other.
         parts: of held-out sets that the run read; None: unknown.
         whole: also name sets that were read completely, because another run read a part.
     """
@@ -95,7 +95,7 @@ def results(
     return facts | {EVENT_WORDS.get(name, in_words(name)): f"{number:,}" for name, number in sorted(unusual.items())}
 
 
-def _best(history: History, *, since: int, parts: HeldOutParts, whole: bool) -> dict[str, str]:
+def _best(history: History, *, since: Callable[[str], int], parts: HeldOutParts, whole: bool) -> dict[str, str]:
     """The lowest held-out losses over all modalities, and the steps of their measurement."""
     found = {}
     for key in history.columns:
@@ -103,7 +103,7 @@ def _best(history: History, *, since: int, parts: HeldOutParts, whole: bool) -> 
         if measured is None or measured.figure != "loss" or measured.stage:
             continue
         steps, values = history.measured(key)
-        steps, values = steps[steps > since], values[steps > since]
+        steps, values = steps[steps > since(key)], values[steps > since(key)]
         if len(values) > 1 and np.isfinite(values).any():
             place = int(np.nanargmin(values))
             row = int(np.searchsorted(history.steps, steps[place]))

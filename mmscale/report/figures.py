@@ -155,7 +155,9 @@ def _draw_losses(axes: Axes, runs: Mapping[str, _Run]) -> None:
                     markeredgecolor=colour,
                     markeredgewidth=1.0,
                 )
-    mark_cuts(axes, [(cut.step, cut.text) for run in runs.values() for cut in run.cuts if cut.training or cut.held_out])
+    drawn = ("loss", f"{EVAL}loss")
+    cuts = [cut for run in runs.values() for cut in run.cuts if any(cut.breaks(key) for key in drawn)]
+    mark_cuts(axes, [(cut.step, cut.text) for cut in cuts])
     axes.set_title("Loss per token" if not modalities else "Loss per token of each modality", loc="left", fontsize=11)
     axes.set_ylabel("cross-entropy [nats]")
     axes.set_xlabel("step")

@@ -6,6 +6,7 @@ layers, timeline and facts; the script (assets/*.js) draws.
 
 from __future__ import annotations
 
+import functools
 import math
 import string
 from collections.abc import Mapping, Sequence
@@ -259,7 +260,7 @@ def _overview(runs: Sequence[Run]) -> list[str]:
             run.history,
             timeline=run.timeline,
             events=run.events,
-            since=_comparable_since(run),
+            since=functools.partial(_comparable_since, run),
             parts=run.parts,
             whole=whole,
         )
@@ -281,8 +282,8 @@ def _card(name: str, value: str) -> str:
     return f'<div class="card"><b>{escape(number.rstrip(","))}</b><span>{escape(label)}</span></div>'
 
 
-def _comparable_since(run: Run) -> int:
-    return max((cut.step for cut in run.cuts if cut.held_out), default=0)
+def _comparable_since(run: Run, key: str) -> int:
+    return max((cut.step for cut in run.cuts if cut.breaks(key)), default=0)
 
 
 def _chart_sections(charts: Sequence[Chart]) -> list[str]:

@@ -60,9 +60,13 @@ function best(line) {
   return known.length < 2 ? -1 : known.reduce((low, one) => (one[0] < low[0] ? one : low))[1];
 }
 
-// Whether a cut breaks the curve of a column, as mmscale/report/breaks.py says.
+// Whether a cut breaks the curve of a column, as mmscale/runs/breaks.py says.
 function breaks(cut, key) {
-  return key.startsWith("eval/") ? cut.held_out || (cut.tasks && key.includes("/accuracy/")) : cut.training;
+  const { training, held_out, own, sets, tasks } = cut.broken;
+  if (!key.startsWith("eval/")) return training;
+  if (held_out || (tasks && key.includes("/accuracy/"))) return true;
+  const set = /^eval\/validation\/([^/]+)\//.exec(key);
+  return set ? sets.includes(set[1]) || sets.includes("*") : own;
 }
 
 class Chart {

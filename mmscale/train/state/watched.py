@@ -7,7 +7,7 @@ user is warned when the held-out loss rises.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from mmscale.checkpoint.save_settings import BestCheckpoint
@@ -61,7 +61,8 @@ class Watch:
         self.saver = saver
         self.on_event = on_event
         self.say = say
-        self._anew_from = -1  # up to this step, values in checkpoints are not comparable with the present ones
+        # By figure: up to this step, values in checkpoints are not comparable with the present ones.
+        self._anew_from: dict[str, int] = {}
 
     def record(self, step: int, values: Mapping[str, float]) -> None:
         """Add an evaluation.
@@ -84,17 +85,22 @@ class Watch:
             changed: one line for each change since the checkpoint.
         """
         found = break_of(changed)
-        if found.held_out and self.state.watched:
-            self.state.watched.clear()
-            self._anew_from = self.state.step
-            self.say(f"changed: {', '.join(found.what)}: the best held-out figures are looked for again")
+        broken = [name for name in self.state.watched if found.breaks(name)]
+        if broken:
+            self._forget(broken)
+            self._anew_from |= dict.fromkeys(broken, self.state.step)
+            said = ", ".join(broken)
+            self.say(f"changed: {', '.join(found.what)}: the best values of {said} are looked for again")
         self.update_best()
 
     def rolled_back(self) -> None:
         """The state was rolled back to an older checkpoint."""
-        if self.state.step <= self._anew_from:
-            self.state.watched.clear()
+        self._forget([name for name, step in self._anew_from.items() if self.state.step <= step])
         self.update_best()
+
+    def _forget(self, names: Iterable[str]) -> None:
+        for name in names:
+            self.state.watched.pop(name, None)
 
     def update_best(self) -> None:
         """Notify the saver which checkpoint is the best one."""

@@ -26,7 +26,7 @@ MODEL = {"kind": "dense", "num_layers": 1, "hidden_size": 8, "ffn_hidden_size": 
 # What a user changes, and whether losses of training and of held-out data are broken by it.
 CHANGED: dict[str, tuple[bool, bool]] = {
     "data.path=other": (True, True),
-    "data.validation={web: x}": (False, True),
+    "data.validation={web: x}": (False, False),
     "data.document_multiple=4": (True, True),
     "train.global_batch_size=16": (True, True),
     "train.micro_batch_size=2": (True, True),
@@ -46,7 +46,7 @@ def test_a_change_of_settings_breaks_what_it_should(change: str) -> None:
     base = {"model": MODEL | {"seq_length": 32}, "data": {"path": "d"}}
     before, after = resolve(base, ["train.eval_every=5"]), resolve(base, ["train.eval_every=5", change])
     found = break_of([str(one) for one in changes(before.model_dump(mode="json"), after)])
-    assert (found.training, found.held_out) == CHANGED[change]
+    assert (found.breaks("loss/text"), found.breaks("eval/loss")) == CHANGED[change]
 
 
 @pytest.mark.parametrize(("line", "training", "held_out"), [
@@ -56,11 +56,33 @@ def test_a_change_of_settings_breaks_what_it_should(change: str) -> None:
     ("data: share of d: 0.5 -> 0.9", True, False),
     ("data: d -> e, the same documents", False, False),
     ("data: another order, now e, d", False, False),
-    ("data.validation.web holds other documents: its losses do not go on from earlier ones", False, True),
+    ("objective.cm3_rate: 0.5 -> 0.0", True, False),
+    ("data.validation.web holds other documents: its losses do not go on from earlier ones", False, False),
 ])  # fmt: skip
 def test_a_change_of_documents_breaks_what_it_should(line: str, training: bool, held_out: bool) -> None:
-    assert (break_of([line]).training, break_of([line]).held_out) == (training, held_out)
+    found = break_of([line])
+    assert (found.breaks("loss/text"), found.breaks("eval/causal/loss")) == (training, held_out)
+    assert found.breaks("eval/source/d/loss") == held_out
     assert break_of([]) == Break()
+
+
+# Changes, and which of KEYS are broken.
+KEYS = ("eval/loss", "eval/validation/web/loss/text", "eval/validation/books/causal/accuracy/which")
+OF_SETS: dict[str, tuple[bool, bool, bool]] = {
+    'data.validation.web: (none) -> "x"': (False, True, False),
+    "data.validation.web holds other documents: its losses are not comparable with earlier ones": (False, True, False),
+    'data.validation: {"web": "x"} -> {}': (False, True, True),
+    "data: d is new": (True, False, False),
+    "train.eval_batches: 2 -> 3": (True, True, True),
+    "task which has other questions": (False, False, True),
+}
+
+
+@pytest.mark.parametrize("line", OF_SETS)
+def test_a_change_of_one_held_out_set_breaks_its_own_figures(line: str) -> None:
+    assert tuple(break_of([line]).breaks(key) for key in KEYS) == OF_SETS[line]
+    everything = break_of([line, "model.seq_length: 1 -> 2"])
+    assert all(everything.breaks(key) for key in KEYS)
 
 
 def make_run(folder: Path, *, changed: list[str], resumed: int = 20, steps: int = 40) -> Path:
@@ -128,7 +150,7 @@ def test_steps_that_are_done_again_leave_no_break(tmp_path: Path) -> None:
         return {"event": "resume", "step": step, "changed": list(lines)}
 
     events = [resume(30, "data.path: a -> b"), resume(10, "train.global_batch_size: 8 -> 4")]
-    assert cuts_of(tmp_path, events) == [Cut(10, "changed: batch", training=True, held_out=True)]
+    assert cuts_of(tmp_path, events) == [Cut(10, "changed: batch", Break(("batch",), training=True, held_out=True))]
     assert cuts_of(tmp_path, [resume(0, "data.path: a -> b")]) == []
 
 

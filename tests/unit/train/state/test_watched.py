@@ -82,6 +82,30 @@ def test_a_roll_back_brings_no_other_quantities_back() -> None:
     assert run.watched == {} and run.best is None
 
 
+@pytest.mark.parametrize(("line", "forgotten"), [
+    ('data.validation.web: (none) -> "x"', set()),
+    ('data.validation.books: "x" -> "y"', {"eval/validation/books/loss"}),
+    ("data: d is new", {LOSS}),
+    ("learning rate: 1 -> 2 at step 11", set()),
+    ("model.seq_length: 1 -> 2", {LOSS, "eval/validation/books/loss"}),
+])  # fmt: skip
+def test_only_what_a_change_concerns_is_looked_for_again(line: str, forgotten: set[str]) -> None:
+    """Adding a validation set must not make the run forget its best checkpoint."""
+    books = "eval/validation/books/loss"
+    run, made = Run(), config(f"checkpoint.keep_best={books}", "data.validation={books: x}")
+    watch = run.watch(made)
+    run.step = 10
+    watch.record(10, {LOSS: 1.0, books: 2.0})
+    saved = trends_to_plain(run.watched)
+    watch = run.watch(made)
+    watch.resume([line])
+    assert {LOSS, books} - run.watched.keys() == forgotten
+    assert (run.best is None) == (books in forgotten)
+    run.watched = trends_from_plain(saved)
+    watch.rolled_back()
+    assert {LOSS, books} - run.watched.keys() == forgotten
+
+
 values = st.lists(st.one_of(st.floats(0, 10), st.just(math.nan), st.just(math.inf)), max_size=20)
 
 

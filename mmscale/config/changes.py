@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,7 @@ _BEFORE = {
     "model.rope_scaling.truncate": True,
 }
 _MISSING = object()
+_LONGEST = 300  # characters of a section in a line
 # A change with one of these effects changes what the run optimizes or which data it reads.
 CONFIRMED = frozenset({Effect.FUNCTION, Effect.OBJECTIVE, Effect.DATA})
 
@@ -81,15 +82,44 @@ def changes(old: Mapping[str, Any], new: Config) -> list[Change]:
     now = new.model_dump(mode="json")
     before, after = {key: value for key, value in _settings(old).items() if not _is_former(key)}, _settings(now)
     found = []
+    sections = {key for key, value in before.items() if value is None and _has_inside(key, after)}
+    sections |= {key for key, value in after.items() if value is None and _has_inside(key, before)}
     for key in [*after, *(key for key in before if key not in after)]:
         one, other = before.get(key, _BEFORE.get(key, _MISSING)), after.get(key, _MISSING)
         unresolved = new.model.experts.share == "auto" and key.startswith(_AUTO)
         if one == other or unresolved or (key == _DATA_SEED and _data_seed(before) == _data_seed(after)):
             continue
+        if _is_inside(key, sections):
+            continue
         change = Change(key, _shown(one), _shown(other), effect_of(key, new))
+        if key in sections:
+            change = _of_section(key, old, now, new)
         if change.confirmed or one is not _MISSING or not _is_new_default(key, old, now):
             found.append(change)
     return found
+
+
+def _has_inside(key: str, settings: Mapping[str, Any]) -> bool:
+    return any(one.startswith(f"{key}.") for one in settings)
+
+
+def _is_inside(key: str, sections: Collection[str]) -> bool:
+    return any(key.startswith(f"{one}.") for one in sections)
+
+
+def _of_section(key: str, old: Mapping[str, Any], now: Mapping[str, Any], new: Config) -> Change:
+    """The change of a section that was null, or is null now, with its own effect or else that of its settings."""
+    one, other = _value_at(old, key), _value_at(now, key)
+    inside = [f"{key}.{name}" for name, _ in documents.leaves(one if other is None else other)]
+    effects = (effect_of(name, new) for name in (key, *inside))
+    effect = next((one for one in effects if one is not Effect.FREE), Effect.FREE)
+    return Change(key, _shown(one)[:_LONGEST], _shown(other)[:_LONGEST], effect)
+
+
+def _value_at(settings: Any, key: str) -> Any:
+    for part in key.split("."):
+        settings = settings.get(part) if isinstance(settings, Mapping) else None
+    return settings
 
 
 def completed(saved: Mapping[str, Any]) -> dict[str, Any]:

@@ -152,8 +152,8 @@ def measured(
         used); `task/<key>` of each plug-in; for a blend `source/<name>/...`; for each set of `data.validation`
         `validation/<name>/...`; `batches`, `batches_available` and `batches_in_training` of the first of these sets;
         `extents`, the same for each of them by its name in words; `eval_batches`, the setting; `not_asked`, files in
-        `train.tasks` that are not among `questions`; `notes`, if the data was prepared with other settings than the
-        configuration's.
+        `train.tasks` that are not among `questions` under any name; `notes`, if the data was prepared with other
+        settings than the configuration's.
 
     Raises:
         DataError: the data is missing or damaged, or there is none to evaluate on.
@@ -173,7 +173,12 @@ def measured(
     for name, path in config.data.validation.items():
         sets.append((prefix_of(name), {Path(path): read_manifest(Path(path))}))
     files = {text: question_file(text) for text in config.train.tasks}
-    result["not_asked"] = [text for text, (name, file) in files.items() if file is not None and name not in questions]
+    asked = {file.resolve() for file in questions.values()}
+    result["not_asked"] = [
+        text
+        for text, (name, file) in files.items()
+        if file is not None and name not in questions and file.resolve() not in asked
+    ]
     scores: dict[str, dict[str, Any]] = {}
     for prefix, blend in sets:
         for name in names(blend):

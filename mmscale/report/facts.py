@@ -289,4 +289,10 @@ def _flat(value: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
 
 def _differing(some: Sequence[Mapping[str, Any]]) -> list[str]:
     keys = dict.fromkeys(key for one in some for key in one)
-    return [key for key in keys if any(one.get(key) != some[0].get(key) for one in some[1:])]
+    return [key for key in keys if any(_known(one, key) != _known(some[0], key) for one in some[1:])]
+
+
+def _known(values: Mapping[str, Any], key: str) -> Any:
+    """A value; an empty section counts as missing, since the keys of another configuration's section are compared."""
+    value = values.get(key)
+    return None if value == {} else value

@@ -63,6 +63,24 @@ def test_some_settings_may_change_and_are_shown(override: str, line: str) -> Non
     assert describe(found, confirmed=True) == []
 
 
+STOP = "train.stop_when={metric: eval/loss, patience: 2}"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "line"),
+    [
+        ((STOP,), (), 'train.stop_when: {"metric": "eval/loss", "patience": 2} -> null'),
+        ((), (STOP,), 'train.stop_when: null -> {"metric": "eval/loss", "patience": 2}'),
+        ((STOP,), (STOP.replace("2", "3"),), "train.stop_when.patience: 2 -> 3"),
+        ((), ("model.depth=null",), 'model.depth: {"every": 2, "capacity": 0.5, '),
+    ],
+)
+def test_a_section_that_comes_or_goes_is_one_line(before: tuple[str, ...], after: tuple[str, ...], line: str) -> None:
+    every = "train.eval_every=5"
+    (found,) = describe(changes(saved(every, *before), config(every, *after)), confirmed=False)
+    assert found.startswith(line) and (found == line or found.endswith(" -> null"))
+
+
 @pytest.mark.parametrize(
     "override",
     [

@@ -9,6 +9,7 @@ from mmscale.tables.routings import CAUSAL_ROUTINGS
 
 # What the shapes of marks stand for, in their order; there are four, and training never measures top1.
 _FIRST = ("batch", "causal", "threshold", "stage")
+SHAPES = 4  # different marks
 _SHAPES = (*_FIRST, *(one for one in CAUSAL_ROUTINGS if one not in _FIRST))
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from mmscale.config.derived import BITS, CONDITIONAL, SOURCE
 from mmscale.report.accuracy_charts import Guessing, accuracy_charts
-from mmscale.report.chart import Chart, Line, mark_of
+from mmscale.report.chart import SHAPES, Chart, Line, mark_of
 from mmscale.report.figure_titles import title_of
 from mmscale.report.history import History
 from mmscale.runs.held_out import AUXILIARY, EVAL, HeldOut, words_of
@@ -76,9 +76,9 @@ class _Builder:
 
     def _bits(self) -> list[Chart]:
         """Bits per byte of held-out text, for comparing runs with different tokenizers."""
-        lines = tuple(line for figure in self._figures(BITS) for line in self._held_out(figure))
+        lines = [line for figure in self._figures(BITS) for line in self._held_out(figure)]
         note = "Held-out text, special tokens included. It compares runs whose text tokenizers differ."
-        return [Chart("bits_per_byte", "Loss", "Bits per byte of text", "bits", note, lines=lines)] if lines else []
+        return self._apart(Chart("bits_per_byte", "Loss", "Bits per byte of text", "bits", note), lines)
 
     def _conditional(self) -> list[Chart]:
         """Losses of one modality given another, a chart for each pair."""
@@ -86,9 +86,25 @@ class _Builder:
         charts = []
         for figure in self._figures(CONDITIONAL):
             title = f"Loss per token: {figure.removeprefix(CONDITIONAL).replace('_', ' ')}"
-            lines = tuple(self._held_out(figure))
-            charts.append(Chart(figure.replace("/", "_"), "Loss", title, "nats", note, lines=lines))
+            charts += self._apart(Chart(figure.replace("/", "_"), "Loss", title, "nats", note), self._held_out(figure))
         return charts
+
+    def _apart(self, chart: Chart, lines: Sequence[Line]) -> list[Chart]:
+        """The chart with these lines; one for each held-out set if lines of several runs would look alike."""
+        if not lines or len(set(looks := [(line.run, line.mark % SHAPES) for line in lines])) == len(looks):
+            return [replace(chart, lines=tuple(lines))] if lines else []
+        if len(self.names) == 1:  # colours are sets
+            return [replace(chart, lines=tuple(lines))]
+        by_set: dict[str, list[Line]] = {}
+        for line in lines:
+            one = HeldOut.of(line.key)
+            assert one is not None  # a figure of held-out data
+            by_set.setdefault(one.name, []).append(replace(line, mark=mark_of(one)))
+        return [
+            replace(chart, name=f"{chart.name}_{name or 'held_out'}".replace("/", "_"), title=title, lines=tuple(own))
+            for name, own in by_set.items()
+            for title in [f"{chart.title}, {words_of(name) or 'held out'}"]
+        ]
 
     def _figures(self, prefix: str) -> list[str]:
         """Held-out figures whose name begins with a prefix, in the order of the columns."""
@@ -124,8 +140,7 @@ class _Builder:
         sets = dict.fromkeys(one.name for one in measured.values() if one is not None and one.name)
         charts = []
         for name in sets:
-            lines: list[Line] = []
-            kinds: list[tuple[str, str]] = []  # with several runs a colour is a run, and a shape all that differs else
+            lines: dict[str, list[Line]] = {}  # by modality
             for run, history in enumerate(self.histories):
                 own = [one for key, one in measured.items() if key in history.columns and one and one.name == name]
                 for one in own:
@@ -135,15 +150,20 @@ class _Builder:
                     colour = self._colour(modality, 0) if len(self.histories) == 1 else run
                     prefix = "" if len(self.histories) == 1 else f"{self.names[run]}: "
                     label = f"{prefix}{modality or 'loss'} ({one.how})"
-                    if (modality, one.how) not in kinds:
-                        kinds.append((modality, one.how))
-                    mark = mark_of(one) if len(self.histories) == 1 else kinds.index((modality, one.how))
-                    lines.append(Line(run, one.key, label, colour, points=True, mark=mark, best=True))
+                    line = Line(run, one.key, label, colour, points=True, mark=mark_of(one), best=True)
+                    lines.setdefault(modality, []).append(line)
             what = "Held-out documents of one source" if name.startswith(SOURCE) else "A data set of its own"
             note = f"{what} (data.{'blend' if name.startswith(SOURCE) else 'validation'}), by how experts were chosen."
             words = words_of(name)
-            title = f"{words[0].upper()}{words[1:]}: loss per token"
-            charts.append(Chart(words.replace(" ", "_", 1), "Loss", title, "nats", note, lines=tuple(lines)))
+            title = f"{words[0].upper()}{words[1:]}: loss per "
+            chart = Chart(words.replace(" ", "_", 1), "Loss", f"{title}token", "nats", note)
+            if len(self.histories) == 1 or len(lines) == 1:
+                charts.append(replace(chart, lines=tuple(line for own in lines.values() for line in own)))
+                continue
+            charts += [  # a colour is a run
+                replace(chart, name=f"{chart.name}_{modality}", title=f"{title}{modality} token", lines=tuple(own))
+                for modality, own in lines.items()
+            ]
         return charts
 
     def _main_losses(self) -> list[Chart]:

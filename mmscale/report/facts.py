@@ -18,6 +18,7 @@ from mmscale.config.document import read_file
 from mmscale.errors import ConfigError
 from mmscale.report.accuracy_charts import guessing_of
 from mmscale.report.charts import modalities_of
+from mmscale.report.evaluated_data import evaluated_data_notes
 from mmscale.report.held_out_parts import HeldOutParts
 from mmscale.report.history import History
 from mmscale.report.timeline import Event, Timeline
@@ -256,7 +257,7 @@ def notes(
         found += [f"{name}: {high}." for high in _unrouted_notes(history)]
         if len(history) and np.isnan(history.of("time")).all():
             found.append(f"{name}: lines without times; the wall clock is summed up from the times of steps.")
-    return found + _vocabularies(histories, configurations)
+    return found + _vocabularies(histories, configurations) + evaluated_data_notes(histories, configurations)
 
 
 def _vocabularies(histories: Mapping[str, History], configurations: Mapping[str, Mapping[str, Any]]) -> list[str]:

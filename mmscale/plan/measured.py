@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +15,8 @@ from mmscale.tables.gpus import Efficiency, Gpu, gpu_named
 FORMAT = 1
 _SUFFIX = ".json"
 _MOST_BYTES = 1 << 22
+_SPEEDS = ("memory", "bf16", "fp32", "bandwidth", "link", "network", "per_node")
+_SHARES = ("products", "attention", "attention_te", "memory", "link", "network")
 
 
 def figures_of(name: str) -> Gpu:
@@ -62,8 +65,14 @@ def of_dict(values: dict[str, Any]) -> Gpu:
     if len(reached["latency"]) != 2:
         raise ValueError("latency is two numbers")
     gpu = Gpu(**(values | {"efficiency": Efficiency(**reached)}))
-    speeds = (gpu.bf16, gpu.fp32, gpu.bandwidth, gpu.link, gpu.network, gpu.per_node, gpu.efficiency.products)
-    costs = [float(value) for key, value in reached.items() if key != "latency"]
-    if not all(value > 0 for value in speeds) or min(costs) < 0:
+    # Times are divided by these.
+    speeds = [getattr(gpu, name) for name in _SPEEDS] + [reached[name] for name in _SHARES]
+    speeds += [] if gpu.fp8 is None else [gpu.fp8]
+    costs = [float(value) for key, value in reached.items() if key not in _SHARES and key != "latency"]
+    if not all(map(math.isfinite, (*speeds, *costs, *reached["latency"]))):
+        raise ValueError("a number is not finite")
+    if min(speeds) <= 0 or min(*costs, *reached["latency"]) < 0:
         raise ValueError("a speed is not positive, or a cost is negative")
+    if gpu.per_node != int(gpu.per_node):
+        raise ValueError("per_node is no whole number")
     return gpu

@@ -88,9 +88,10 @@ class StepTime:
 
 @dataclass(frozen=True)
 class _Pass:
-    """Seconds of one micro-batch on a stage."""
+    """Seconds of one micro-batch on a stage; products, attention and element-wise operations of the forward pass."""
 
     products: float
+    waits: tuple[float, float]  # for kernels to start, forward and backward
     attention: float
     elementwise: float
     backward: float
@@ -98,7 +99,7 @@ class _Pass:
 
     @property
     def forward(self) -> float:
-        return self.products + self.attention + self.elementwise
+        return self.products + self.waits[0] + self.attention + self.elementwise
 
 
 def step_time(config: Config, world: int, gpu: Gpu, *, parameters: Parameters) -> StepTime:
@@ -137,8 +138,10 @@ def _stage_time(config: Config, world: int, gpu: Gpu, *, stage: int, parameters:
             ring += seconds
         else:
             sums[traffic.kind] += seconds  # type: ignore[assignment]
-    # Every step of a ring but the last sends while it computes.
+    # Every step of a ring but the last sends while it computes. A device that waits for messages does not wait for
+    # kernels to start, because its host goes on starting them.
     hidden = micro_batches * 3 * one.attention * (parallel.cp - 1) / parallel.cp
+    hidden += 0.0 if gpu.host else micro_batches * sum(one.waits)
     sums[MessageKind.CP] += max(0.0, ring - hidden)  # type: ignore[assignment]
     reduce, gather = sums[MessageKind.GRAD_REDUCE], sums[MessageKind.PARAM_GATHER]
     overlapped = overlap_data_parallel(config, nccl=True)
@@ -159,7 +162,7 @@ def _stage_time(config: Config, world: int, gpu: Gpu, *, stage: int, parameters:
     peak, reached = gpu.bf16 if config.optim.muon.dtype == "bf16" else gpu.fp32, gpu.efficiency
     orthogonalized = muon.flops / (peak * _reached(muon.narrowest, gpu)) + sums[MessageKind.MUON]
     return StepTime(
-        products=micro_batches * one.products * 3,
+        products=micro_batches * (3 * one.products + sum(one.waits)),
         attention=micro_batches * one.attention * 3,
         elementwise=micro_batches * one.elementwise * (1 + reached.backward_moves),
         recompute=micro_batches * one.recompute,
@@ -181,7 +184,8 @@ def _compute(config: Config, gpu: Gpu, stage: int) -> _Pass:
     tokens, reached, kernels = rank_tokens(config), gpu.efficiency, _kernels(config, gpu)
     bandwidth = gpu.bandwidth * reached.memory
     share = reached.attention_te if kernels is Kernels.TE else reached.attention
-    products = attention = elementwise = launched = feed_forward = 0.0
+    products = attention = elementwise = feed_forward = 0.0
+    waits = [0.0, 0.0]  # forward and backward
     counts = Counter(model.is_depth_layer(layer) for layer in stage_layers(config, stage))
     example = {model.is_depth_layer(layer): layer for layer in stage_layers(config, stage)}
     plain, fast = _peak(config, gpu, fp8=False), _peak(config, gpu, fp8=True)
@@ -204,12 +208,15 @@ def _compute(config: Config, gpu: Gpu, stage: int) -> _Pass:
         elementwise += count * moved
         attention += count * within
         # If starting kernels takes longer than running them, the device waits for the host. A host runs them itself.
-        launched += count * (started if gpu.host else max(0.0, started - seconds - moved - within))
+        # Backward starts twice as many.
+        back = 2 * (seconds + within) + reached.backward_moves * moved
+        for place, busy in enumerate((seconds + within + moved, back)):
+            starting = (1 + place) * started
+            waits[place] += count * (starting if gpu.host else max(0.0, starting - busy))
         products += count * seconds
-    products += launched
     again = recomputed_modules(config)
     # Only layers; a loss in chunks repeats the output layer and its logits.
-    repeated = products + attention + elementwise if config.parallel.recompute == "full" else 0.0
+    repeated = products + waits[0] + attention + elementwise if config.parallel.recompute == "full" else 0.0
     repeated += attention if "core_attn" in again else 0.0
     repeated += feed_forward if "mlp" in again else 0.0
     if first_and_last(config, stage)[1]:
@@ -218,8 +225,8 @@ def _compute(config: Config, gpu: Gpu, stage: int) -> _Pass:
         products += product
         elementwise += reached.logits * rows * tokens / bandwidth
         repeated += product if config.parallel.loss_chunk else 0.0
-    backward = 2 * (products + attention) + elementwise * reached.backward_moves
-    return _Pass(products, attention, elementwise, backward, repeated)
+    backward = 2 * (products + attention) + waits[1] + elementwise * reached.backward_moves
+    return _Pass(products, (waits[0], waits[1]), attention, elementwise, backward, repeated)
 
 
 def _waited_for(config: Config, *, depth: bool) -> float:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 from mmscale.config.document import read_file
 from mmscale.errors import ConfigError, shell_command
 from mmscale.runs.attempts import LATEST_SETTINGS
 from mmscale.runs.events import BEGINS, read_events
 from mmscale.train.stages.table import of_folder
+from mmscale.wording import numbered
 
+# They start ranks on several nodes, so `--nproc` would not start the same.
+_LAUNCHERS = {"torchrun": "torchrun", "slurm": "SLURM", "mpi": "mpirun"}
 _SAME = "start the same `mmscale train` again"
 
 
@@ -17,17 +21,17 @@ def start_again(run: Path) -> str:
     """How to continue a run that `mmscale train` started, in words.
 
     Args:
-        run: its folder, or that of its stage. The command is named if the folder's configuration leads back to the
-            folder from here; otherwise only what to start.
+        run: its folder, or that of its stage. The command is named if it started its ranks itself and if the folder's
+            configuration leads back to the folder from here; otherwise only what to start.
     """
-    stage = of_folder(run)
+    stage, ranks = of_folder(run), _ranks(run)
+    by = f" with {numbered(ranks.number, 'rank')} of {_LAUNCHERS[ranks.by]}" if ranks.by in _LAUNCHERS else ""
     if stage.subfolder:
-        return f"{_SAME}, with --stage {stage.name}: it continues from the newest checkpoint"
+        return f"{_SAME}{by}, with --stage {stage.name}: it continues from the newest checkpoint"
     file = run / LATEST_SETTINGS
-    if not _leads_to(run, file):
-        return f"{_SAME}, in the folder where it was started: it continues from the newest checkpoint"
-    ranks = _ranks(run)
-    several = ("--nproc", ranks) if ranks > 1 else ()
+    if by or not _leads_to(run, file):
+        return f"{_SAME}{by}, in the folder where it was started: it continues from the newest checkpoint"
+    several = ("--nproc", ranks.number) if ranks.number > 1 else ()
     return f"{_SAME}, or {shell_command('train', file, *several)}: it continues from the newest checkpoint"
 
 
@@ -40,7 +44,15 @@ def _leads_to(run: Path, file: Path) -> bool:
         return False
 
 
-def _ranks(run: Path) -> int:
-    """Number of ranks of the newest attempt."""
-    sizes = [event.get("world_size") for event in read_events(run) if event.get("event") in BEGINS]
-    return sizes[-1] if sizes and isinstance(sizes[-1], int) else 1
+class _Ranks(NamedTuple):
+    number: int
+    by: str  # a launcher, as `RankEnv.source`; "": unknown
+
+
+def _ranks(run: Path) -> _Ranks:
+    """Those of the newest attempt whose steps began."""
+    for event in reversed(read_events(run)):
+        if event.get("event") in BEGINS:
+            size = event.get("world_size")
+            return _Ranks(size if isinstance(size, int) else 1, str(event.get("ranks_by", "")))
+    return _Ranks(1, "")

@@ -61,6 +61,10 @@ class RankEnv:
         """Whether this is rank 0, which prints and logs."""
         return self.rank == 0
 
+    def facts(self) -> dict[str, int | str]:
+        """Fields of the event of an attempt's start: the number of ranks, and what started them."""
+        return {"world_size": self.world_size, "ranks_by": self.source}
+
     @property
     def init_method(self) -> str:
         """URL of the rendezvous for torch.distributed."""

@@ -103,7 +103,7 @@ class Attempt:
             Progress(config.train.steps, enabled=first, copy=self.logs.transcript.say, starting=starting)
         )
         blend = read_blend(config)
-        self.evaluated_on = from_first(EvaluatedOn.of(config, blend, tasks) if first else None)
+        self.evaluated_on = from_first(EvaluatedOn.of(config, blend, tasks, self.stage.origin()) if first else None)
         self.data = from_first(identities(config, blend) if first else None)
         say, add_event = self.progress.say, self.logs.add_event
         self.mirror = stack.enter_context(mirroring(given, stop=stop, on_event=add_event, say=say))
@@ -197,7 +197,7 @@ class Attempt:
             BEGINS[changed is not None],
             since=round(self.starting.began, 3),
             step=state.step,
-            world_size=self.env.world_size,
+            **self.env.facts(),
             attempt_id=self.fence.lease_id,
             sources=planned_sources(config, self.train_data, step=state.step, sequences=state.sequences),
             **(changes | self.evaluated_on.start_fields | as_field(self.tools.extents) | stage.origin()),

@@ -18,6 +18,7 @@ from mmscale.data.prepared.validation import identities_of, read_validation
 from mmscale.runs.recorded_leaks import FIELD
 from mmscale.runs.recorded_preparation import as_field as preparation_field
 from mmscale.runs.recorded_questions import Asked, as_field
+from mmscale.train.learned_data import learned_sets
 from mmscale.train.steps.task_scores import chance_of, describe
 
 
@@ -38,13 +39,20 @@ class EvaluatedOn:
     start_fields: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, config: Config, blend: Mapping[Path, Manifest], tasks: Mapping[str, Sequence[TaskItem]]) -> EvaluatedOn:
+    def of(
+        cls,
+        config: Config,
+        blend: Mapping[Path, Manifest],
+        tasks: Mapping[str, Sequence[TaskItem]],
+        origin: Mapping[str, Any] | None = None,
+    ) -> EvaluatedOn:
         """Make one from a configuration.
 
         Args:
             config: names sets and tasks.
             blend: the training data.
             tasks: the questions of each task of `train.tasks`.
+            origin: `BuiltStage.origin`: the data of the main run that its weights are from counts as trained on.
         """
         sets = read_validation(config, blend)
         lines = [one.describe() for one in sets]
@@ -54,9 +62,10 @@ class EvaluatedOn:
             asked[name] = Asked(len(tasks[name]), str(place))
             lines.append(describe(name, tasks[name], place=place, others=others))
         chances = {name: chance for name, items in tasks.items() if (chance := chance_of(items)) is not None}
-        trained = {Path(one.path): blend[Path(one.path)] for one in config.data.sources if one.trained}
+        learned, unknown = learned_sets(origin or {})
+        trained = learned | {Path(one.path): blend[Path(one.path)] for one in config.data.sources if one.trained}
         whole = {one.folder for one in sets if one.split != HELD_OUT}
-        leaks = leaks_of(trained, dict(blend) | {one.folder: one.manifest for one in sets}, whole=whole)
+        leaks = leaks_of(trained, dict(blend) | {one.folder: one.manifest for one in sets}, whole=whole) + unknown
         lines += [f"note: {line}" for line in (*leaks, *other_settings(config))]
         kept = {"validation": identities_of(sets), "tasks": identities_of_tasks(tasks)}
         fields = as_field(asked) | ({"guessing": chances} if chances else {})

@@ -75,6 +75,9 @@ def test_labels_are_those_of_answers(folder: Path, tuned: Tuned) -> None:
     assert {"eval/loss", "eval/loss/text", "eval/accuracy/digit"} <= numbers[STEPS].keys()
     (began,) = [event for event in read_events(run) if event["event"] == "start"]
     assert began["sft"]["main_step"] == 8 and began["sources"][0]["path"].endswith("chat-set")
+    assert [one["path"] for one in began["sft"]["main_data"]] == [str(folder / "set")]
+    # Conversations are about pictures that the main run was trained on, whatever the split of the conversation.
+    assert any(f"in training documents of {folder / 'set'} too" in line for line in began["leaks"])
     assert Store.of_run(run).info(STEPS)["config"]["run"]["name"] == "sft"
 
 

@@ -13,6 +13,7 @@ from mmscale.checkpoint.layout import Store
 from mmscale.data.stream.loader import BatchLoader
 from mmscale.errors import CheckpointError
 from mmscale.runtime.groups import from_first
+from mmscale.train.learned_data import LEARNED, learned_from
 from mmscale.train.loop import Hook
 from mmscale.train.preflight import newest_intact
 from mmscale.train.stages.built import StageInputs, StageServices
@@ -43,7 +44,11 @@ class SftStage(MainStage):
         if problem is not None:
             raise problem
         self.state.take_weights(sharded.read(folder, self.state.sharded_weights(), partly=True))
-        return from_first(main_origin(store, step) if self.given.env.is_first else None)  # type: ignore[no-any-return]
+        return from_first(self._main(store, step) if self.given.env.is_first else None)  # type: ignore[no-any-return]
+
+    def _main(self, store: Store, step: int) -> dict[str, Any]:
+        """What checkpoints of the stage record of the main checkpoint; it and its run may be removed later."""
+        return main_origin(store, step) | {LEARNED: learned_from(store.info(step))}
 
     def _problem(self, store: Store, step: int) -> CheckpointError | None:
         """Why the main checkpoint cannot be used, after reading and hashing all of its files; None: it can."""

@@ -149,14 +149,14 @@ def test_resume_of_a_run_that_train_started_says_how_it_goes_on(tmp_path: Path) 
         control.resume(run)
 
 
-def killed(run: Path, *, config: str = "", world_size: int = 1) -> Path:
+def killed(run: Path, *, config: str = "", **began: Any) -> Path:
     """A run of `mmscale train` whose process was killed: its lease names a process that is gone."""
     run.mkdir(parents=True)
     holder = "import os, pathlib; from mmscale.resilience.run_lock import RunLock\n"
     holder += f"lock = RunLock(pathlib.Path({str(run)!r}), by='train')\n"
     holder += "lock.acquire('train-1', attempt=1); os._exit(0)"
     subprocess.run([sys.executable, "-c", holder], check=True)
-    happened(run, ("start", {"step": 0, "world_size": world_size}))
+    happened(run, ("start", {"step": 0, "world_size": 1, **began}))
     if config:
         (run / "config.yaml").write_text(config)
     return run
@@ -179,6 +179,22 @@ def test_the_remedy_of_a_killed_local_run_is_the_command_that_continues_it(
     with pytest.raises(LaunchError) as refused:
         control.stop(Path("../runs/my orph"))
     assert "in the folder where it was started" in refused.value.remedy and "config.yaml" not in refused.value.remedy
+
+
+@pytest.mark.parametrize(("by", "name"), [("torchrun", "torchrun"), ("slurm", "SLURM"), ("mpi", "mpirun")])
+@pytest.mark.parametrize("stage", ["", "sft"])
+def test_the_remedy_of_ranks_of_another_launcher_names_it(
+    by: str, name: str, stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They may have been on several nodes; a single process of SLURM is one too."""
+    monkeypatch.chdir(tmp_path)
+    run = Path("runs/own")
+    place = killed(run / stage, config="run: {dir: runs, name: own}\n", world_size=16, ranks_by=by)
+    (run / "config.yaml").write_text("run: {dir: runs, name: own}\n")
+    with pytest.raises(LaunchError) as refused:
+        control.stop(place)
+    assert f"start the same `mmscale train` again with 16 ranks of {name}" in refused.value.remedy
+    assert "--nproc" not in refused.value.remedy and ("--stage sft" in refused.value.remedy) == bool(stage)
 
 
 def test_the_remedy_of_a_killed_stage_names_the_stage(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,15 @@ import pytest
 from launch.goodput import goodput
 from mmscale.cli import main
 from mmscale.config import Config
-from mmscale.data.prepared.manifest import read_blend
+from mmscale.data.prepared.identity import identity_of
+from mmscale.data.prepared.manifest import read_blend, read_manifest
 from mmscale.data.prepared.prepare import prepare
 from mmscale.data.prepared.shared_content import PAGE, Shared
 from mmscale.report import page
 from mmscale.runs.recorded_leaks import leaks_in
 from mmscale.train.evaluated_on import EvaluatedOn
+from mmscale.train.learned_data import LEARNED, learned_from
+from mmscale.train.stages import sft_settings
 from tests.unit.data.prepared.test_shared_content import documents
 from tests.unit.data.samples import config, write_jsonl
 
@@ -126,6 +130,35 @@ def test_every_pair_of_sets_of_a_run_is_compared(how: str, reversed_sets: tuple[
     lines = said(made)
     assert len(lines) == (0 if how == "trained only" else 2), lines
     assert all(f"of held-out documents of {second} are in training documents of {first} too" in line for line in lines)
+
+
+@pytest.mark.parametrize("weights", [(1.0, ()), (0.0, ((3, 1.0),)), (0.0, ())], ids=["trained", "later", "never"])
+@pytest.mark.parametrize("now", ["as it was", "missing", "other documents"])
+def test_a_stage_names_what_the_main_run_has_trained_on(
+    now: str, weights: tuple[float, Any], reversed_sets: tuple[Path, Path, str]
+) -> None:
+    """Weights of the stage know the main run's documents, so held-out conversations should not be among them."""
+    first, second, _ = reversed_sets
+    stage = sft_settings.stage_config(
+        Config.model_validate(on({"path": str(first)}).model_dump() | {"sft": {"path": str(second)}})
+    )
+    weight, later = weights
+    identity = identity_of(first, read_manifest(first))
+    saved = {"data": [{"path": str(first), "weight": weight, "later": later, "identity": identity}]}
+    origin = json.loads(json.dumps({"sft": {"main_step": 4, LEARNED: learned_from(saved)}}))
+    if now == "missing":
+        shutil.rmtree(first)
+    elif now == "other documents":
+        prepare(config(documents=[str(first.parent / "in" / "d.jsonl")]), first, progress=False, overwrite=True)
+    found = EvaluatedOn.of(stage, read_blend(stage), {}, origin).start_fields.get("leaks", [])
+    if weights == (0.0, ()):
+        assert found == []
+    elif now == "as it was":
+        assert len(found) == 2
+        assert all(f"of held-out documents of {second} are in training documents of {first} too" in one for one in found)
+    else:
+        (line,) = found
+        assert f"not compared with {first}, which the main run trained on" in line
 
 
 def test_documents_of_a_validation_set_without_held_out_ones(tmp_path: Path) -> None:

@@ -149,16 +149,18 @@ def launch(planned: Sequence[Planned], *, after: str | None = None, at_once: int
         at_once: how many runs of a sweep may train at a time; None: all.
 
     Returns:
-        One object per run: run, job, launch, successors (jobs that wait behind it), exit_status of those run here, and
-            `done` of `Planned` if it is not "".
+        One object per run, in their order: run, job, launch, successors (jobs that wait behind it), exit_status of
+            those run here, and `done` of `Planned` if it is not "".
 
     Raises:
         MmscaleError: a run is being trained already, or SLURM refuses.
     """
-    done = [_row(one.record) | {"launch": "", "done": one.done} for one in planned if one.done]
-    planned = [one for one in planned if not one.done]
-    if not planned:
-        return done
+    left = [one for one in planned if not one.done]
+    started = iter(_start(left, after=after, at_once=at_once) if left else ())
+    return [_row(one.record) | {"launch": "", "done": one.done} if one.done else next(started) for one in planned]
+
+
+def _start(planned: Sequence[Planned], *, after: str | None, at_once: int | None) -> list[dict[str, Any]]:
     profile = planned[0].record.checked_profile()
     if profile.scheduler == "slurm" and shutil.which("sbatch") is None:
         raise LaunchError("there is no sbatch on this machine", remedy="use a login node, or --cluster local")
@@ -171,10 +173,9 @@ def launch(planned: Sequence[Planned], *, after: str | None = None, at_once: int
             records.write_record(one.record, one.config)
             job_environment.write_secrets(profile, Path(one.record.folder))
         if profile.scheduler != "slurm":
-            return [*done, *(_run_here(one.record) for one in planned)]
+            return [_run_here(one.record) for one in planned]
         found = _submit(planned, profile, dependency=dependency, at_once=at_once)
-    started = [_row(one.record, jobs) for one, jobs in zip(planned, found, strict=True)]
-    return [*done, *started]
+    return [_row(one.record, jobs) for one, jobs in zip(planned, found, strict=True)]
 
 
 def _row(record: records.Record, jobs: Sequence[str] = ()) -> dict[str, Any]:
@@ -222,7 +223,11 @@ def _refuse_busy(planned: Sequence[Planned]) -> None:
 
 
 def script(planned: Sequence[Planned], *, after: str | None = None, at_once: int | None = None) -> str:
-    """The batch script that `launch` would submit. It needs neither a cluster nor the launch folder."""
+    """The batch script that `launch` would submit. It needs neither a cluster nor the launch folder.
+
+    If nothing is left to train of any run, it is that of a first start.
+    """
+    planned = [one for one in planned if not one.done] or planned
     profile = planned[0].record.checked_profile()
     if profile.scheduler != "slurm":
         logs = Path(planned[0].record.run) / "logs"

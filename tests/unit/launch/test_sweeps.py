@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,22 @@ def test_each_run_of_a_sweep_has_successors_of_its_own(config: Path, sbatch: Fak
     assert runs == {planned[1].record.run}
     after = options(script(config, after=planned[0].record.run))["dependency"]
     assert after == "afterany:11_0:12:13"
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_what_is_done_of_a_sweep_is_no_part_of_its_array(config: Path, sbatch: FakeSlurm, first: bool) -> None:
+    """Rows stay in the order of the sweep, and the dry run prints what would be submitted."""
+    planned = submit.plan_launch(config, cluster=profile(config.parent), sweep=["run.seed=1,2,3"])
+    over = 0 if first else 1
+    planned[over] = replace(planned[over], done="is done")
+    assert options(submit.script(planned))["array"] == "0-1%2"
+    found = submit.launch(planned)
+    assert [one["run"] for one in found] == [one.record.run for one in planned]
+    assert [one.get("done", "") for one in found] == [one.done for one in planned]
+    assert [one["job"] for one in found if "done" not in one] == ["11_0", "11_1"]
+    alone = [replace(one, done="is done") for one in planned[1:]]
+    assert "array" not in options(submit.script([planned[0 if over else 1], *alone[1:]]))
+    assert "#SBATCH" in submit.script(alone)  # of runs that are all done it is what would have started them
 
 
 def test_a_chain_that_is_refused_in_part_is_taken_back(config: Path, sbatch: FakeSlurm) -> None:

@@ -6,6 +6,7 @@ tests/unit/checkpoint/test_mirror.py has the uploads and downloads themselves, t
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from mmscale.checkpoint.mirror.remote import Remote
 from mmscale.resilience.inject import VARIABLE
 from mmscale.runs.events import read_events
 from mmscale.runs.metrics import read_metrics
+from tests.end_to_end.lives import Life
 from tests.end_to_end.running import mmscale
 
 STEPS = 12
@@ -84,6 +86,43 @@ def test_a_run_goes_on_elsewhere_from_its_mirror(config: Path, tmp_path: Path, w
     one, again = ({row["step"]: row["loss"] for row in read_metrics(run / "tiny")} for run in (whole, second))
     assert set(again) == set(range(newest + 1, STEPS + 1))
     assert again == pytest.approx({step: one[step] for step in again}, rel=1e-4)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kept", ["memory", "memory and mirror", "mirror"])
+def test_a_run_goes_on_inside_a_later_phase(kept: str, config: Path, places: dict[str, str], tmp_path: Path) -> None:
+    """Rank 1 is killed four steps after schedule and blend changed: the next attempt has the rates and data of then."""
+    sets = ((places["DIGITS"], "{0: 1, 6: 0.5}"), (places["OTHER"], "{0: 0, 6: 0.5}"))
+    blend = ", ".join(f"{{path: {path}, weight: {weight}}}" for path, weight in sets)
+    phases = "{start: 6, lr: 2e-3, warmup: 3, schedule: cosine}, {start: 11, schedule: constant}"
+    settings = (*SETTINGS, "parallel.ep=2", "checkpoint.asynchronous=false", "checkpoint.every=8", "data.path=null")
+    settings = (*settings, f"data.blend=[{blend}]", f"optim.phases=[{phases}]", "optim.warmup=2")
+    command = ("train", str(config), *settings)
+    command += ("resilience.memory_every=1",) * ("memory" in kept)
+    command += (f"checkpoint.mirror=file://{tmp_path}/mirror",) * ("mirror" in kept)
+    whole, run = tmp_path / "whole" / "tiny", tmp_path / "first" / "tiny"
+    ended = mmscale("train", config, f"run.dir={whole.parent}", *settings, nproc=2)
+    assert ended.status == 0, ended
+    life = Life([*command, f"run.dir={run.parent}"], faults="*:9:step:slow=2, 1:10:step:kill")
+    assert life.end()[1] == -signal.SIGKILL, life.said
+    if "mirror" in kept and mirrored(tmp_path / "mirror" / "tiny")[-1:] != [8]:  # the kill was faster than the upload
+        assert mmscale("ckpt", "mirror", run).status == 0
+    if kept == "mirror":
+        run.rename(tmp_path / "gone")
+        assert mmscale("ckpt", "fetch", f"file://{tmp_path}/mirror/tiny", run).status == 0
+    ended = mmscale(*command, f"run.dir={run.parent}", nproc=2)
+    assert ended.status == 0, ended
+    (resumed,) = events(run, "resume")
+    assert resumed == 8 if kept == "mirror" else resumed in (8, 9), resumed
+    assert len(events(run, "memory_restored")) == ("memory" in kept)
+    one, again = ({row["step"]: row for row in read_metrics(folder)} for folder in (whole, run))
+    assert set(range(resumed + 1, STEPS + 1)) <= set(again)
+    for step in range(resumed + 1, STEPS + 1):
+        for key in ("lr", "loss", "grad_norm", "sequences", "tokens"):
+            assert again[step].get(key) == one[step].get(key), (step, key)
+    assert [one[step]["lr"] for step in (7, 9, 12)] == pytest.approx([2e-3 / 3, 2e-3, one[12]["lr"]])
+    if "mirror" in kept:
+        assert mirrored(tmp_path / "mirror" / "tiny")[-1] == STEPS
 
 
 @pytest.mark.long

@@ -25,8 +25,9 @@ from mmscale.model.ragged import begins_of, ends_of
 from mmscale.plan.communication import MessageKind, Operation, communication
 from mmscale.runtime import groups as process_groups
 from mmscale.runtime.rank_env import RankEnv
-from mmscale.train.proof.verify_layout import compare
+from mmscale.train.proof.verify_layout import compare, with_share
 from tests.distributed.layouts import config, start, trace
+from tests.distributed.test_resume import leg, tensors
 from tests.support import run_ranks
 from tests.te_on_cpu.checks_context import DOCUMENTS, LENGTH, PADDED, _params
 from tests.te_on_cpu.compiled import CALLS
@@ -138,6 +139,49 @@ def test_steps_are_near_one_process(world_size: int, tmp_path: Path) -> None:
 
     run_ranks(alone, world_size=1)
     run_ranks(ranks_do, world_size=world_size, timeout_s=1200)
+
+
+@pytest.mark.parametrize("model", ["dense", "moma_7t1i"])
+def test_a_run_goes_on_in_other_layouts(model: str, tmp_path: Path) -> None:
+    """A ring of two, one process, gathered keys of four, a ring of four: as near to one process as unchanged layouts."""
+    chain: tuple[tuple[int, dict[str, Any]], ...] = (
+        (2, RING),
+        (1, {}),
+        (4, {"cp": 4, "cp_attention": "gather"}),
+        (4, {"cp": 4, "cp_attention": "ring"}),
+    )
+    whole = tmp_path / "whole"
+
+    def made(parallel: dict[str, Any]) -> Config:
+        found = with_share(using(config(model, dtype="bf16", data=PADDED, parallel=parallel), "te"))
+        optim = found.optim.model_copy(update={"schedule": "cosine", "warmup": 2, "weight_decay": 0.1})
+        return found.model_copy(update={"optim": optim})
+
+    for at, (world_size, parallel) in enumerate(chain):
+
+        def ranks_do(ranks: RankEnv, at: int = at, parallel: dict[str, Any] = parallel) -> None:
+            start(ranks)
+            CALLS.clear()
+            found = leg(made(parallel), tmp_path / "changed", load=at or None, until=at + 1)
+            assert bool(CALLS["thd_out_correction"]) == (parallel.get("cp_attention") == "ring")
+            if ranks.rank == 0:
+                torch.save(found, tmp_path / f"leg_{at}")
+            process_groups.finalize()
+
+        run_ranks(ranks_do, world_size=world_size, timeout_s=600)
+
+    def alone(ranks: RankEnv) -> None:
+        start(ranks)
+        reference = leg(made({}), whole, load=None, until=len(chain))
+        legs = [torch.load(tmp_path / f"leg_{at}", weights_only=False) for at in range(len(chain))]
+        losses, norms = (sum((getattr(one, what) for one in legs), ()) for what in ("losses", "norms"))
+        assert losses == pytest.approx(reference.losses, rel=2e-3), (losses, reference.losses)
+        assert norms == pytest.approx(reference.norms, rel=2e-2), (norms, reference.norms)
+        last = len(chain)
+        wrote, expected = tensors(tmp_path / "changed", last), tensors(whole, last)
+        assert {k: v.shape for k, v in wrote.items()} == {k: v.shape for k, v in expected.items()}
+
+    run_ranks(alone, world_size=1, timeout_s=600)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

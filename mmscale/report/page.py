@@ -166,6 +166,8 @@ def _data(runs: Sequence[Run], found: Curves) -> dict[str, Any]:
                 places[id(curve.at)] = len(groups[line.run])
                 groups[line.run].append({name: _short(values, digits=7) for name, values in curve.at.items()})
             own = asdict(line) | {"group": places[id(curve.at)]} | _points(curve)
+            # Numbers of the run's cuts that interrupt it.
+            own["cuts"] = [number for number, cut in enumerate(runs[line.run].cuts) if cut.breaks(line.key)]
             content["lines"].append(own)
         drawn.append(content)
     return {
@@ -178,7 +180,7 @@ def _data(runs: Sequence[Run], found: Curves) -> dict[str, Any]:
                 "groups": groups[number] or [{name: [] for name in run.axes}],
                 "timeline": run.timeline.as_json(),
                 "layers": run.layers,
-                "cuts": [asdict(cut) for cut in run.cuts],
+                "cuts": [{"step": cut.step, "text": cut.text} for cut in run.cuts],
             }
             for number, run in enumerate(runs)
         ],

@@ -60,15 +60,6 @@ function best(line) {
   return known.length < 2 ? -1 : known.reduce((low, one) => (one[0] < low[0] ? one : low))[1];
 }
 
-// Whether a cut breaks the curve of a column, as mmscale/runs/breaks.py says.
-function breaks(cut, key) {
-  const { training, held_out, own, sets, tasks } = cut.broken;
-  if (!key.startsWith("eval/")) return training;
-  if (held_out || (tasks && key.includes("/accuracy/"))) return true;
-  const set = /^eval\/validation\/([^/]+)\//.exec(key);
-  return set ? sets.includes(set[1]) || sets.includes("*") : own;
-}
-
 class Chart {
   constructor(spec, parent) {
     this.spec = spec;
@@ -283,7 +274,7 @@ class Chart {
     const { top, bottom } = this.box, rows = [], labels = [];
     DATA.runs.forEach((run, number) => {
       const own = this.shown().filter((line) => line.run === number);
-      for (const cut of run.cuts.filter((one) => own.some((line) => breaks(one, line.key ?? "")))) {
+      for (const cut of run.cuts.filter((_, place) => own.some((line) => line.cuts.includes(place)))) {
         const place = eventPlace(run, cut), x = place === null ? null : this.sx(place);
         if (x === null || place < this.x0 || place > this.x1) continue;
         parent.append(el("line", { class: "cut", x1: x, x2: x, y1: top, y2: bottom, stroke: "var(--soft)", "stroke-width": 1.4 }));

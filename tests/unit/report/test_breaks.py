@@ -20,6 +20,7 @@ from mmscale.report.breaks import Cut, cuts_of
 from mmscale.report.downsample import Downsampler
 from mmscale.runs.breaks import Break, break_of
 from mmscale.train.log.metrics_log import MetricsLog
+from tests.unit.report.test_page import data_of
 
 ACCURACIES = {"eval/accuracy/which", "eval/causal/accuracy/which"}
 MODEL = {"kind": "dense", "num_layers": 1, "hidden_size": 8, "ffn_hidden_size": 8, "num_attention_heads": 1}
@@ -121,6 +122,8 @@ def test_the_page_breaks_these_curves_and_no_other(tmp_path: Path, line: str, br
     if "eval/loss/text" in broken:
         assert gaps["eval/loss/text"] == [4]
     page.write_page(runs, tmp_path / "report.html", drawn=drawn)
+    lines = [line for chart in data_of((tmp_path / "report.html").read_text())["charts"] for line in chart["lines"]]
+    assert {line["key"] for line in lines if line["cuts"] == [0]} - {"loss", "eval/loss"} == broken
     assert ('"gaps":[20]' in (tmp_path / "report.html").read_text()) is bool({"loss/text", "lr"} & broken)
     assert pictures.write_pictures(runs, tmp_path / "report.html", drawn=drawn)
     figures.loss_curves([tmp_path / "run"], tmp_path / "curves.png")

@@ -155,7 +155,9 @@ def test_a_stage_names_what_the_main_run_has_trained_on(
         assert found == []
     elif now == "as it was":
         assert len(found) == 2
-        assert all(f"of held-out documents of {second} are in training documents of {first} too" in one for one in found)
+        assert all(
+            f"of held-out documents of {second} are in training documents of {first} too" in one for one in found
+        )
     else:
         (line,) = found
         assert f"not compared with {first}, which the main run trained on" in line

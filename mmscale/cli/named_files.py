@@ -119,9 +119,16 @@ def _best_of(run: Path) -> int:
             )
         raise UsageError(
             f"{run}@{BEST}: no checkpoint of this run is known to be the best one",
-            remedy="train with checkpoint.keep_best=eval/loss, or name a step",
+            remedy="name a step" if _is_stage(run) else "train with checkpoint.keep_best=eval/loss, or name a step",
         )
     return best
+
+
+def _is_stage(run: Path) -> bool:
+    """Whether it is the folder of a stage other than the main one: these keep no best checkpoint."""
+    from mmscale.train.stages.table import MAIN, of_folder
+
+    return of_folder(run).name != MAIN
 
 
 def _kept_best(run: Path) -> str | None:

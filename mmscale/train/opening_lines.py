@@ -49,6 +49,8 @@ def opening_lines(
     sequences = stage.state.sequences + left
     yield exposure(config, train_data, sequences=sequences, begins_at=begins_at, parameters=parameters)
     yield from evaluated_on.lines
+    if given.unused:
+        yield f"note: {' and '.join(given.unused)}: of the main run only, this stage does without"
     yield from partly_read(extents, batches=config.train.eval_batches)
     yield from faults.warnings()
     for change in changed:

@@ -77,7 +77,7 @@ def main(
     tasks = from_first(asked)  # the same on every rank, even if a node still sees an older version of the file
     starting.update("building the model")
     run = Path(config.run.dir) / config.run.name
-    given = StageInputs(entry.recorded(config), settings, run, entry.folder(run), env, groups)
+    given = StageInputs(entry.recorded(config), settings, run, entry.folder(run), env, groups, entry.unused(config))
     try:
         with (
             StopRequest(grace_s=grace_of(grace_s)) as stop,

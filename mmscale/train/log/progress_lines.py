@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -165,6 +166,7 @@ def banner(
     sources: Mapping[str, float] | None = None,
     attempt: int = 1,
     start_step: int = 0,
+    folder: Path | None = None,
 ) -> str:
     """A few lines that describe the run before it starts.
 
@@ -177,6 +179,7 @@ def banner(
         sources: Share of each data set in the training sequences, by its folder.
         attempt: Number of this attempt.
         start_step: Steps done in the checkpoint that the attempt resumes from.
+        folder: of the run or of its stage; None: of the run.
     """
     parallel = config.parallel
     grid = {"tp": parallel.tp, "pp": parallel.pp, "vpp": parallel.vpp, "cp": parallel.cp, "ep": parallel.ep}
@@ -184,7 +187,7 @@ def banner(
     sizes.append(f"dp {data_parallel_size(config, world_size)}")
     train, model = config.train, config.model
     micro_batches = micro_batches_per_step(config, world_size)
-    rows = [("run", _run_line(config, attempt=attempt, start_step=start_step))]
+    rows = [("run", _run_line(config, folder, attempt=attempt, start_step=start_step))]
     rows.append(
         ("model", f"{model.kind}, {numbered(model.num_layers, 'layer')} x {model.hidden_size}{_experts(config)}")
     )
@@ -213,8 +216,8 @@ def source_shares(config: Config) -> dict[str, float]:
     }
 
 
-def _run_line(config: Config, *, attempt: int, start_step: int) -> str:
-    text = f"{config.run.dir.rstrip('/')}/{config.run.name}, attempt {attempt}"
+def _run_line(config: Config, folder: Path | None, *, attempt: int, start_step: int) -> str:
+    text = f"{folder or Path(config.run.dir) / config.run.name}, attempt {attempt}"
     if start_step:
         return f"{text}, resumes after step {start_step} of {config.train.steps}"
     return f"{text}, {config.train.steps} steps"

@@ -34,6 +34,7 @@ class StageInputs:
         folder: the stage's folder.
         env: this process's place among the ranks.
         groups: process groups.
+        unused: settings of the run that have no effect in this stage, by dotted key.
     """
 
     config: Config
@@ -42,6 +43,7 @@ class StageInputs:
     folder: Path
     env: RankEnv
     groups: ProcessGroupCollection
+    unused: tuple[str, ...] = ()
 
 
 class Evaluate(Protocol):

@@ -51,6 +51,7 @@ class MainStage:
             sources=source_shares(config),
             attempt=attempt,
             start_step=self.state.step,
+            folder=self.given.folder,
         )
         return [shown, *notes(config)]
 

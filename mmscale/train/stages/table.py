@@ -54,6 +54,14 @@ class Stage:
     recorded: Callable[[Config], Config]
     loss: str = "all"
 
+    def unused(self, config: Config) -> tuple[str, ...]:
+        """Settings of the main run's evaluations that a configuration gives, and that have no effect in this stage."""
+        given, own = (
+            {"checkpoint.keep_best": one.checkpoint.keep_best, "train.stop_when": one.train.stop_when}
+            for one in (config, self.settings(config))
+        )
+        return tuple(key for key, value in given.items() if value is not None and own[key] is None)
+
     def folder(self, run: Path) -> Path:
         """Folder of the stage in a run: checkpoints, logs, launches."""
         return run / self.subfolder

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import re
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -144,7 +145,9 @@ def test_shares_of_sources(config: Config) -> None:
 
 def test_banner_without_plan_and_data(config: Config) -> None:
     text = banner(config, world_size=1, device="cpu")
-    assert "attempt 1, 500 steps" in text
+    assert f"{config.run.dir}/{config.run.name}, attempt 1, 500 steps" in text
+    stage = Path("runs") / "tiny" / "sft"  # a stage is a run by itself
+    assert f"{stage}, attempt 1" in banner(config, world_size=1, device="cpu", folder=stage)
     assert "1 rank: " in text
     assert "parameters" not in text
 

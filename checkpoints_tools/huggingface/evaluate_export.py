@@ -21,8 +21,6 @@ from checkpoints_tools.huggingface.export_settings import CONFIG, REPORT, read_c
 from checkpoints_tools.huggingface.generator import Generator, open_generator
 from mmscale.config.derived import global_micro_batches
 from mmscale.data.prepared.leaks import leaks_of_settings
-from mmscale.data.prepared.manifest import check_tokenizers, read_blend
-from mmscale.data.prepared.validation import read_validation
 from mmscale.data.stream.answer_requests import AnswerRequest, Answers
 from mmscale.data.stream.mixture import Mixture
 from mmscale.data.stream.unpacked import unpacked
@@ -30,7 +28,7 @@ from mmscale.data.vocab import PAD, Vocabulary
 from mmscale.errors import CheckpointError
 from mmscale.inference.batch_count import Place, counted, silent
 from mmscale.inference.built_in_tasks import built_in
-from mmscale.inference.chosen_data import with_data, with_neighbours
+from mmscale.inference.chosen_data import check_evaluated_tokenizers, with_data, with_neighbours
 from mmscale.inference.document_losses import cut_documents
 from mmscale.inference.scores import measured
 from mmscale.runs.recorded_leaks import FIELD
@@ -81,10 +79,7 @@ def evaluate_export(
     config = with_neighbours(generator.config, neighbours)
     config = config if data is None else with_data(config, data)
     vocabulary, trained = Vocabulary.from_config(config.vocab), trained_tokenizers(folder)
-    blend = read_blend(config)
-    blend |= {one.folder: one.manifest for one in read_validation(config, blend)}
-    for place, manifest in blend.items():
-        check_tokenizers(place, manifest.tokenizers, trained, where=str(folder))
+    check_evaluated_tokenizers(config, trained, where=str(folder))
     result: dict[str, Any] = {"run": str(folder), "step": generator.step, "routing": generator.routing}
     if lines := leaks_of_settings(generator.config, config, missing=False):
         result[FIELD] = lines

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -81,10 +82,27 @@ def check_tokenizers_of(config: Config, learned: dict[str, str], run: Path, step
     Raises:
         DataError: a data set is missing, damaged, or made with another vocabulary or other tokenizers.
     """
+    check_evaluated_tokenizers(config, learned, where=f"step {step} of {run}")
+
+
+def check_evaluated_tokenizers(config: Config, learned: Mapping[str, str], *, where: str) -> None:
+    """Refuse evaluated data of other tokenizers than a model's.
+
+    The run's own data is compared first: validation sets are compared with it, and would be blamed for its change.
+
+    Args:
+        config: with the data to read.
+        learned: fingerprints of the model's tokenizers.
+        where: name of the model, for the message.
+
+    Raises:
+        DataError: a data set is missing, damaged, or made with another vocabulary or other tokenizers.
+    """
     blend = read_blend(config)
-    blend |= {one.folder: one.manifest for one in read_validation(config, blend)}
     for folder, manifest in blend.items():
-        check_tokenizers(folder, manifest.tokenizers, learned, where=f"step {step} of {run}")
+        check_tokenizers(folder, manifest.tokenizers, learned, where=where)
+    for one in read_validation(config, blend):
+        check_tokenizers(one.folder, one.manifest.tokenizers, learned, where=where)
 
 
 def check_scored(folder: Path, run: Path, step: int | None, routing: Routing, name: str) -> None:

@@ -80,6 +80,10 @@ _RULES = (
     ("data.retrieval.evaluation", Break(("neighbours of held-out documents",), held_out=True)),
     # Held-out documents are read as they are.
     ("objective.", Break(("objective",), training=True)),
+    # Logged losses are unweighted, but gradient norms are not, and another objective is minimized.
+    ("train.loss", Break(("objective",), training=True)),
+    ("train.modality_weights", Break(("objective",), training=True)),
+    ("train.z_loss", Break(("objective",), training=True)),
     ("task ", Break(("questions",), tasks=True)),
     ("train.global_batch_size", Break(("batch",), training=True, held_out=True)),
     ("train.micro_batch_size", Break(("batch",), training=True, held_out=True)),

@@ -96,7 +96,7 @@ def test_people_read_the_routing_beside_every_number(exported: Path) -> None:
     assert "use the future" not in text
 
 
-def test_what_cannot_be_evaluated_is_said(exported: Path, digits: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_evaluated_is_said(exported: Path, config: Path, digits: Path, tmp_path: Path) -> None:
     hf = exported / "tiny-hf"
     ended = mmscale("eval", hf, "--routing", "batch")
     assert_says(ended, status=2, cause="batch routing needs a run", remedy="--routing causal")
@@ -117,6 +117,13 @@ def test_what_cannot_be_evaluated_is_said(exported: Path, digits: Path, tmp_path
     assert_says(
         mmscale("eval", anew), status=3, cause=r"\(another\) is another than that of step 30", remedy="tokenizers"
     )
+    # A validation set that still has the checkpoint's tokenizers is not blamed for it.
+    change_settings(anew, lambda settings: settings["data"].update(validation={"mine": str(digits)}))
+    validation = f"data.validation={{mine: {digits}}}"
+    train = ("train", config, f"run.dir={anew.parent}", "run.name=bare", f"data.path={other}", validation, "--yes")
+    for command in (("eval", anew), (*train, "parallel.ep=1")):
+        ended = mmscale(*command)
+        assert_says(ended, status=3, cause=r"image tokenizer of .*other \(another\) is another than that", remedy="")
     damaged = Path(shutil.copytree(hf, tmp_path / "damaged"))
     (damaged / "model.safetensors").write_bytes((hf / "model.safetensors").read_bytes()[:-9])
     assert_says(mmscale("eval", damaged), status=4, cause="is damaged", remedy="export it again")

@@ -13,9 +13,9 @@ from typing import Any
 from mmscale.checkpoint.layout import Store
 from mmscale.config import Config, plugins
 from mmscale.config.rules import check
-from mmscale.data.prepared.manifest import Manifest
+from mmscale.data.prepared.manifest import Manifest, read_blend
 from mmscale.data.stream.checks import check_data
-from mmscale.train.preflight import check_mirror, check_profile, check_resume
+from mmscale.train.preflight import check_ids, check_mirror, check_profile, check_resume, newest_intact
 from mmscale.train.stages import auxiliary_settings, origin, sft_settings
 
 MAIN = "main"
@@ -107,11 +107,15 @@ class Stage:
         # The stage's batch sizes must fit the ranks too. The model is the run's, because a check would refuse the
         # fields that only a stage may set.
         check(settings.model_copy(update={"model": config.model}), world_size=world_size)
+        store = Store.of_run(self.folder(Path(config.run.dir) / config.run.name))
+        if settings.data.validation and not from_scratch:
+            # Validation sets are compared with it, and would be blamed if it was prepared with other tokenizers.
+            where, info = newest_intact(store)
+            check_ids(read_blend(settings), info, where=where)
         blend = check_data(settings)
         if waits and self.subfolder:
             return
         self.check_origin(config, blend, yes)
-        store = Store.of_run(self.folder(Path(config.run.dir) / config.run.name))
         own = self.recorded(config)
         stage: dict[str, Any] = {"settings": self.settings, "optim": self.optim}
         check_resume(own, store, blend, yes=yes, from_scratch=from_scratch, **stage)

@@ -54,7 +54,12 @@ def unfinished(jobs: Iterable[str]) -> list[str]:
 
 
 def submit(
-    stages: Sequence[Sequence[Callable[[], Any]]], *, folder: Path, name: str, profile: Profile, gpus: int = 0
+    stages: Sequence[Sequence[Callable[[], Any]]],
+    *,
+    folder: Path,
+    name: str,
+    profile: Profile,
+    gpus: Sequence[int] = (),
 ) -> list[str]:
     """Submit functions: those of a stage as tasks of an array, which starts when the stage before has ended.
 
@@ -66,7 +71,7 @@ def submit(
         folder: for submitit's files and the jobs' logs, on a file system that the nodes share.
         name: of the jobs.
         profile: of the cluster.
-        gpus: of each task.
+        gpus: of each task, by stage; empty: none.
 
     Returns:
         Numbers of the tasks' jobs, in their order.
@@ -74,13 +79,13 @@ def submit(
     Raises:
         LaunchError: there is no SLURM, or it refuses; jobs that it took before are cancelled.
     """
-    check(profile, gpus=gpus)
+    check(profile, gpus=max(gpus, default=0))
     found: list[str] = []
     behind: str | None = None
     with job_environment.shared(profile):
-        for stage in stages:
+        for stage, each in zip(stages, gpus or [0] * len(stages), strict=True):
             try:
-                array = batch_script.submit(_executor(folder, name, profile, behind, gpus), stage, profile)
+                array = batch_script.submit(_executor(folder, name, profile, behind, each), stage, profile)
             except LaunchError:
                 for number in found:
                     scheduler.cancel(number)

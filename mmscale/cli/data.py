@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -137,17 +138,20 @@ def _submit(
             remedy=f"wait for them ({shell_command('status', out)}), or cancel them first: scancel {' '.join(going)}",
         )
     found = preparing.plan_shares(config, out, number=number, overwrite=overwrite, **given)
-    kept = {key: given[key] for key in ("strict", "workers", "gpus")}
-    finish = functools.partial(preparing.finish, config, out, **kept)
+    kept = {key: given[key] for key in ("strict", "workers")}
     if not found:
-        preparing.finish(config, out, **(kept | {"gpus": 0}))
+        preparing.finish(config, out, **kept)
         return {"folder": str(out), "state": "prepared"}
     name = f"mmscale-prepare-{out.name}"
     planned = shares.read_plan(out)
     assert planned is not None, "plan_shares has written it"
+    gpus = given["gpus"]
+    # The last job reads the data set for minutes to hours, without a GPU; so another one makes what tasks have left.
+    finish = functools.partial(preparing.finish, config, out, **kept, whole=gpus > 0)
+    stages: list[Sequence[Callable[[], Any]]] = [found, *([[shares.rest_of(found)]] if gpus else []), [finish]]
     try:
         jobs = job_arrays.submit(
-            [found, [finish]], folder=out / folder.JOBS, name=name, profile=profile, gpus=given["gpus"]
+            stages, folder=out / folder.JOBS, name=name, profile=profile, gpus=[*(gpus for _ in stages[1:]), 0]
         )
     except LaunchError as error:
         shares.SharedPlan(planned.parts, refused=error.cause).write(out)

@@ -79,6 +79,12 @@ def render(summary: dict[str, Any], *, width: int = 120, color: bool = False) ->
     """
     buffer = io.StringIO()
     console = Console(file=buffer, width=width, force_terminal=color, no_color=not color, highlight=False)
+    if summary["gpu_by_default"]:
+        console.print(
+            f"for {summary['gpu']}, the default of --gpu; --gpu FILE.json of `mmscale bench calibrate` plans for a "
+            "machine that was measured\n",
+            markup=False,
+        )
     console.print(_model(summary))
     console.print()
     if summary["layouts"]:

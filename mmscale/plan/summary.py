@@ -42,9 +42,10 @@ def plan(
 
     Returns:
         `model`, `parameters`, `flops_per_token`, `tokens_per_step`, `tokens`, `training_flops`, `checkpoint_bytes`,
-        `gpus`, `gpu`, `gpu_memory_gib`, `layouts` (the fastest VPP, recompute and micro-batch of each TP x PP x CP x
-        EP, at most 20, the fastest of each CP, and the configuration's own; fastest first), `duration` of the whole
-        training in the first layout (`days`, `gpu_hours`; null if none fits), `layouts_possible`, `layouts_tried`,
+        `gpus`, `gpu`, `gpu_by_default` (nobody named it), `gpu_memory_gib`, `layouts` (the fastest VPP, recompute and
+        micro-batch of each TP x PP x CP x EP, at most 20, the fastest of each CP, and the configuration's own; fastest
+        first), `duration` of the whole training in the first layout (`days`, `gpu_hours`; null if none fits),
+        `layouts_possible`, `layouts_tried`,
         `refused` (cause -> number of candidates), `rejected` (the same with an example each), `own_layout_refused`
         (cause or null), `step_law`, `cluster` (the run's load on file system and scheduler) and `assumptions`.
 
@@ -85,6 +86,7 @@ def plan(
         "checkpoint_bytes": checkpoint_bytes(config, parameters),
         "gpus": ranks,
         "gpu": figures.name,
+        "gpu_by_default": gpu is None,
         "gpu_memory_gib": gpu_memory,
         "layouts": [_entry(layout, config) for layout in _shown(found.layouts, config)],
         "duration": _duration(found.layouts, tokens, ranks),

@@ -30,6 +30,7 @@ DENSE = ("model.kind=dense", "model.experts.counts={}", "model.depth=null", "par
 KINDS: dict[str, tuple[str, ...]] = {
     "pre": (),
     "post, tied output": ("model.norm=post", "model.tie_embeddings=true", "model.num_query_groups=1"),
+    "post_per_expert": ("model.norm=post_per_expert",),
 }
 
 

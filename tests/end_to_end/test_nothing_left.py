@@ -70,7 +70,7 @@ def test_a_copy_that_the_mirror_lacks_is_work_that_is_left(
     stage: str, config: Path, digits: Path, tuned: Path, tmp_path: Path
 ) -> None:
     """It is made, nothing is trained, and the status is that of a run that is done; then the same once more."""
-    subfolder, setting, steps = STAGES[stage]
+    subfolder, _, steps = STAGES[stage]
     run = Path(shutil.copytree(tuned, tmp_path / "tiny"))
     mirror = f"checkpoint.mirror=file://{tmp_path}/mirror"
     given = (f"run.dir={tmp_path}", *STEPS, f"sft.path={digits}", "parallel.ep=1", mirror, "--stage", stage, "--json")

@@ -111,7 +111,7 @@ def test_untying_changes_nothing_and_training_goes_on(
     """Held-out losses are equal, moments are copies, and the next step is taken from the copied state."""
     if source == "hybrid":  # a model with experts and Mixture-of-Depths that is not untied yet
         ok("train", config, f"run.dir={tmp_path}", "run.name=plain", *MAIN, nproc=2)
-        run, options = tmp_path / "plain", ("--untie", "attention,norms")
+        run, options = tmp_path / "plain", ("--untie", "attention,norms,final_norm")
     else:
         run = runs / source
     up = tmp_path / "up"

@@ -40,7 +40,7 @@ MODELS = {
     ),
     "dense": (*DENSE, "model.qkv_bias=true"),
     "dense-post": (*DENSE, *POST),
-    "dense-post_per_expert": (*DENSE, "model.norm=post_per_expert"),
+    "dense-post_per_expert": (*DENSE, "model.norm=post_per_expert", "model.untie=[final_norm]"),
 }
 EXPERTS = {"text": 4, "image": 2}
 

@@ -57,13 +57,18 @@ def test_an_array_makes_what_one_process_makes(cluster: Cluster, profile: Path, 
     assert array == one
 
 
-def test_an_array_finds_the_duplicates_of_one_process(cluster: Cluster, profile: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("minhash", ["numpy", pytest.param("rensa", marks=pytest.mark.exhaustive)])
+def test_an_array_finds_the_duplicates_of_one_process(
+    cluster: Cluster, profile: Path, tmp_path: Path, minhash: str
+) -> None:
+    if minhash == "rensa":
+        pytest.importorskip("rensa")
     spec, folder = tmp_path / "spec.yaml", tmp_path / "set"
     spec.write_text(SPEC % corpus(tmp_path / "in", 60))
     mmscale("data", "prepare", str(spec), "--out", str(folder), "--tasks", "2")
     shutil.copytree(folder, tmp_path / "one")
-    mmscale("data", "dedup", str(tmp_path / "one"))
-    ended = mmscale("data", "dedup", str(folder), "--cluster", str(profile), "--tasks", "2")
+    mmscale("data", "dedup", str(tmp_path / "one"), "--minhash", minhash)
+    ended = mmscale("data", "dedup", str(folder), "--minhash", minhash, "--cluster", str(profile), "--tasks", "2")
     submitted = json.loads(ended)
     assert submitted["state"] == "submitted" and len(submitted["jobs"].split(", ")) == 2 + 2 + 1
     deadline = time.monotonic() + DEADLINE_S

@@ -143,7 +143,7 @@ def test_steps_are_near_one_process(world_size: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("model", ["dense", "moma_7t1i"])
 def test_a_run_goes_on_in_other_layouts(model: str, tmp_path: Path) -> None:
-    """A ring of two, one process, gathered keys of four, a ring of four: as near to one process as unchanged layouts."""
+    """A ring of two, one process, gathered keys of four, a ring of four: as near to one process as layouts are."""
     chain: tuple[tuple[int, dict[str, Any]], ...] = (
         (2, RING),
         (1, {}),

@@ -193,6 +193,26 @@ def test_a_schedule_is_called_after_the_warm_up(installed: Path) -> None:
     assert rates[2] < rates[5] > rates[-1]
 
 
+def test_a_phase_without_a_schedule_is_the_plug_ins(installed: Path) -> None:
+    """With its own steps and peak; a phase itself names built-in schedules only, and the refusal lists them."""
+    from mmscale.train.optim.schedule import learning_rate
+
+    given = [*setting("schedule", "one_cycle", "{peak_at: 0.5}"), "optim.lr=1", "optim.warmup=0", "optim.min_lr=0"]
+    steps = resolve(SMALL, given).train.steps
+    optim = resolve(SMALL, [*given, "optim.phases=[{start: 10, lr: 4}]"]).optim
+    alone = resolve(SMALL, given).optim
+    for step in (1, 4, 10):
+        assert learning_rate(optim, step=step, steps=30, tokens=0) == learning_rate(
+            alone, step=step, steps=10, tokens=0
+        )
+    for step in (11, 20, 30):
+        expected = 4 * learning_rate(alone, step=step - 10, steps=20, tokens=0)
+        assert learning_rate(optim, step=step, steps=30, tokens=0) == pytest.approx(expected)
+    assert steps > 10
+    with pytest.raises(ConfigError, match=r"optim.phases.0.schedule is .*one_cycle.*, wants one of constant"):
+        resolve(SMALL, [*given, "optim.phases=[{start: 10, schedule: one_cycle}]"])
+
+
 def test_a_schedule_that_gives_nonsense(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mmscale.train.optim.schedule import learning_rate
 

@@ -89,6 +89,8 @@ def build_parts(
     Raises:
         DataError: a part could not be made, or a worker died. Parts that were finished before are kept.
     """
+    if not jobs:  # an encoder would be loaded, on a GPU if there is one
+        return []
     if workers == 1 or len(jobs) <= 1:
         return _build_here(setup, jobs, advance, first)
     context = multiprocessing.get_context("spawn")  # forking a process with tokenizer or torch threads may hang

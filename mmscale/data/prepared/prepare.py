@@ -58,7 +58,7 @@ from mmscale.data.prepared.rejected_reasons import rejected_words
 from mmscale.data.prepared.remarks import remarks_on
 from mmscale.data.prepared.reuse import check_companions
 from mmscale.data.prepared.set_digests import content_of_parts, digests_of_set, without_content
-from mmscale.data.prepared.shares import Share, SharedPlan, shares_of
+from mmscale.data.prepared.shares import Share, SharedPlan, require_whole, shares_of
 from mmscale.data.prepared.table_facts import keep_facts
 from mmscale.data.progress import Reporter
 from mmscale.data.vocab import IMAGE, Vocabulary
@@ -170,9 +170,11 @@ def plan_shares(
     return shares_of(plan.setup, missing, source=source["digest"], number=number, workers=workers)
 
 
-def finish(config: Config, out: Path, *, strict: bool | None, workers: int | None, gpus: int = 0) -> None:
-    """`prepare`, as it is called in the job that runs after all shares."""
-    prepare(config, out, strict=strict, workers=workers, gpus=gpus)
+def finish(config: Config, out: Path, *, strict: bool | None, workers: int | None, whole: bool = False) -> None:
+    """`prepare` on CPUs, as it is called in the job that runs after all shares; `whole`: no part may be missing."""
+    if whole:
+        require_whole(out)
+    prepare(config, out, strict=strict, workers=workers)
 
 
 def _begun(config: Config, out: Path, *, overwrite: bool, progress: bool) -> tuple[PrepareConfig, Vocabulary, Reporter]:

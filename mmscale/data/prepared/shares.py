@@ -14,7 +14,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from mmscale.data.prepared.folder import PLAN, read_source
 from mmscale.data.prepared.folder_lock import LOCK
 from mmscale.data.prepared.manifest import MANIFEST
 from mmscale.data.prepared.parts import DONE, PartJob, read_finished
+from mmscale.errors import DataError
 from mmscale.runtime.atomic_files import write_atomic
 
 # From the plan to the numbers of its jobs: two calls of sbatch. The process that submits them may have been killed.
@@ -75,6 +76,26 @@ class Share:
 def shares_of(setup: WorkSetup, jobs: Sequence[PartJob], *, source: str, number: int, workers: int) -> list[Share]:
     """Divides the parts into `number` shares, every n-th part to each; empty without parts."""
     return [Share(setup, tuple(jobs[first::number]), workers, source, first) for first in range(min(number, len(jobs)))]
+
+
+def rest_of(shares: Sequence[Share]) -> Share:
+    """One share that makes what those before it have left undone: a task may have been killed."""
+    return replace(shares[0], jobs=tuple(job for share in shares for job in share.jobs), number=0)
+
+
+def require_whole(folder: Path) -> None:
+    """Refuse to finish a data set of which parts are missing, which its jobs make on GPUs.
+
+    Raises:
+        DataError: parts are missing.
+    """
+    planned, done = read_plan(folder), len(list((folder / DONE).glob("*.json")))
+    if planned is not None and done < planned.parts:
+        raise DataError(
+            f"data: {planned.parts - done} of {planned.parts} parts of {folder} are missing, and this job has no GPU "
+            "to make them with",
+            remedy="run the same `mmscale data prepare` again: finished parts are kept",
+        )
 
 
 @contextlib.contextmanager

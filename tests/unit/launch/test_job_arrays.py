@@ -98,10 +98,13 @@ def prepare_on_gpus(tmp_path: Path, *, gpus: int, on_node: int) -> int:
 def test_every_task_asks_for_its_gpus(slurm: FakeSlurm, tmp_path: Path, gpus: int) -> None:
     slurm.answer("sbatch", f"cat $1 >> {tmp_path}/scripts; echo Submitted batch job $$")
     assert prepare_on_gpus(tmp_path, gpus=gpus, on_node=8) == 0
-    lines = (tmp_path / "scripts").read_text().splitlines()
+    scripts = (tmp_path / "scripts").read_text()
+    lines = scripts.splitlines()
     asked = [line for line in lines if line.startswith("#SBATCH --gpus-per-node")]
-    assert asked == [f"#SBATCH --gpus-per-node={gpus}"] * (2 if gpus else 0)  # the array, and the job that finishes
-    assert lines.count("#SBATCH --cpus-per-task=3") == 2 and "#SBATCH --array=0-1%2" in lines
+    # The array, and the job that makes what its tasks leave; not the one that finishes.
+    assert asked == [f"#SBATCH --gpus-per-node={gpus}"] * (2 if gpus else 0)
+    assert lines.count("#SBATCH --cpus-per-task=3") == (3 if gpus else 2) and "#SBATCH --array=0-1%2" in lines
+    assert "gpus-per-node" not in scripts.rpartition("#!/bin/bash")[2]
 
 
 @pytest.mark.parametrize("on_node", [0, 1])

@@ -70,7 +70,7 @@ def combinations() -> Iterator[Any]:
         model = {"norm": norm, "experts": experts, "auxiliary": {"mode": "joint" if chosen is None else "off"}}
         yield pytest.param("moma", model, id=f"moma-{norm}-ungated{'' if chosen is None else '-token choice'}")
     for kind, norm, untie in itertools.product(
-        KINDS, NORMS, ("attention norms", "ffn", "attention ffn norms final_norm")
+        KINDS, NORMS, ("attention norms", "ffn", "final_norm", "attention ffn norms final_norm")
     ):
         if KINDS[kind].experts and "ffn" in untie:
             continue

@@ -63,6 +63,7 @@ MODELS: dict[str, Config] = {
     **{f"mot_{norm}": tiny("dense", norm=norm, untie=UNTIED) for norm in NORMS},
     **{f"untied_{part}": tiny("dense", norm="post", untie=[part], num_query_groups=2) for part in UNTIED},
     "moma_untied": tiny(untie=["attention", "norms"], norm="post", num_query_groups=2),
+    "moma_final_norm": tiny(untie=["final_norm"], norm="post_per_expert"),
     "moe_untied": tiny("moe", untie=["attention", "norms"], qk_norm=False),
     "mot_depth": tiny("dense", untie=UNTIED, depth=depth()),
     "moma_gqa_tied": tiny(num_query_groups=2, tie_embeddings=True),

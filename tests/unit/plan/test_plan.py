@@ -277,6 +277,12 @@ class TestPlan:
         assert max(map(len, text.splitlines())) <= 120
         assert "\x1b" not in text
 
+    def test_the_first_line_names_a_device_that_nobody_named(self) -> None:
+        assert render(plan(config(), gpus=8)).startswith("for H100 SXM, the default of --gpu;")
+        assert render(plan(config())).startswith("for H100 SXM, the default of --gpu;")
+        for name in ("h100", "a100"):
+            assert render(plan(config(), gpus=8, gpu=name)).startswith("model ")
+
     def test_text_in_a_narrow_terminal_keeps_numbers_and_reasons(self) -> None:
         text = render(plan(config(), gpus=8, gpu_memory=80), width=80)
         assert max(map(len, text.splitlines())) <= 80

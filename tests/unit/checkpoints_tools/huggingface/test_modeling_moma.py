@@ -47,7 +47,9 @@ MODELS: dict[str, Config] = {
         experts=moma_experts(counts={"text": 3, "image": 1}, ungated=["image"], shared=1),
     ),
     "ungated, normalised": tiny("moma", norm="post_per_expert", experts=moma_experts(ungated=["image"])),
-    "untied moma": tiny("moma", untie=["attention", "norms"], norm="post_per_expert"),
+    "untied moma": tiny("moma", untie=["attention", "norms", "final_norm"], norm="post_per_expert"),
+    "untied final norm, post": tiny("moma", untie=["final_norm"], norm="post", experts=moma_experts(shared=1)),
+    "untied final norm, moe": tiny("moe", untie=["final_norm"]),
     "competitive": tiny("moma", num_layers=3, depth=depth(), experts=moma_experts(choice="competitive")),
     "softmax": tiny("moe", experts=ExpertsConfig(counts={"any": 4}, choice="softmax", share=SHARE)),
     "three modalities": tiny(

@@ -21,8 +21,8 @@ from mmscale.data.prepared.encode import Encoded
 from mmscale.data.prepared.folder import PLAN
 from mmscale.data.prepared.manifest import read_manifest
 from mmscale.data.prepared.parts import PartWriter
-from mmscale.data.prepared.prepare import plan_shares, prepare
-from mmscale.data.prepared.shares import Share, preparation_status
+from mmscale.data.prepared.prepare import finish, plan_shares, prepare
+from mmscale.data.prepared.shares import Share, preparation_status, rest_of
 from mmscale.data.vocab import Vocabulary
 from mmscale.errors import ConfigError, DataError
 from tests.unit.data.samples import config, corpus, files_of, text, write_jsonl
@@ -50,6 +50,26 @@ def test_shares_make_what_one_process_makes(tmp_path: Path) -> None:
     assert (preparation_status(out) or {})["state"] == "prepared" and preparation_status(tmp_path / "one") is None
     assert plan_shares(settings, out, number=4, progress=False) == []
     read_manifest(out)
+
+
+def test_one_share_makes_what_the_others_leave_and_no_more(tmp_path: Path) -> None:
+    """On GPUs the job that finishes has none: it refuses a set of which parts are missing."""
+    settings = config(documents=[str(corpus(tmp_path / "in", 40))], part_documents=6)
+    prepare(settings, tmp_path / "one", progress=False)
+    out = tmp_path / "several"
+    shares = plan_shares(settings, out, number=4, progress=False)
+    rest = pickle.loads(pickle.dumps(rest_of(shares)))
+    for share in shares[:2]:
+        share()
+    kept = {file: file.stat().st_mtime_ns for file in (out / "done").iterdir()}
+    with pytest.raises(DataError, match=r"3 of 7 parts of .* are missing, and this job has no GPU") as refused:
+        finish(settings, out, strict=None, workers=1, whole=True)
+    assert "again: finished parts are kept" in refused.value.remedy
+    rest()
+    assert {file: file.stat().st_mtime_ns for file in kept} == kept
+    assert (preparation_status(out) or {})["done"] == 7
+    finish(settings, out, strict=None, workers=1, whole=True)
+    assert made(out) == made(tmp_path / "one")
 
 
 def test_nobody_else_prepares_meanwhile(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from mmscale.checkpoint.mirror.downloads import generations
 from mmscale.checkpoint.mirror.remote import Remote
 from mmscale.cli import main
-from mmscale.runs.events import EventLog, read_events
+from mmscale.runs.events import EventLog
 from mmscale.train.stages import table
 from tests.end_to_end.running import listing, mmscale
 
@@ -83,7 +83,8 @@ def test_a_copy_that_the_mirror_lacks_is_work_that_is_left(
         place = tmp_path / "mirror" / "tiny" / subfolder
         assert [one.step for one in generations(Remote(f"file://{place}"))][-1] == steps
         assert (run / subfolder / "metrics.jsonl").read_bytes() == trained
-    assert read_events(run / subfolder)[-1]["event"] == "finish"
+        (shown,) = json.loads(mmscale("status", run / subfolder, "--json").out)
+        assert (shown["state"], shown["mirror"]) == ("finished", {"step": steps, "problem": ""})
 
 
 @pytest.mark.long

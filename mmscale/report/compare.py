@@ -199,6 +199,8 @@ def _notes(baseline: Model, models: Sequence[Model]) -> list[str]:
             )
         if _held_out(run.config) != _held_out(first.config):
             notes.append(f"{model.name}: evaluated on another part of the held-out split than {baseline.name}")
+        if differing := _other_objective(run.config, first.config):
+            notes.append(f"{model.name}: another objective than {baseline.name}: {', '.join(differing)}")
         if _schedule(run.config) != _schedule(first.config):
             notes.append(f"{model.name}: another batch, learning rate, schedule or length than {baseline.name}")
     for name in _decaying(first.config):
@@ -247,6 +249,18 @@ def _few_points_note(model: Model) -> list[str]:
 
 def _held_out(config: Config) -> int:
     return config.train.eval_batches * tokens_per_step(config)
+
+
+def _other_objective(one: Config, other: Config) -> list[str]:
+    """Settings of the objective that differ: two models that minimize different things."""
+    mine, theirs = (_objective(config) for config in (one, other))
+    return [key for key, value in mine.items() if value != theirs[key]]
+
+
+def _objective(config: Config) -> dict[str, Any]:
+    names = ("loss", "loss_args", "modality_weights", "loss_weights", "z_loss")
+    found = {f"train.{name}": getattr(config.train, name) for name in names}
+    return found | {f"objective.{name}": value for name, value in config.objective}
 
 
 def _schedule(config: Config) -> tuple[object, ...]:

@@ -22,6 +22,8 @@ def exposure(
 ) -> str:
     """`600 steps = 5.4 passes over data/icons; 2.1M tokens, 12 per parameter (31 per active one)`.
 
+    Tokens that are read in addition to those of the data sets, neighbours and holes, are named and not counted.
+
     Args:
         config: of the stage.
         data: its stream from its position on, so that steps before a change of the data count as they were.
@@ -44,7 +46,10 @@ def exposure(
     ratio = f", {_rounded(tokens / total)} per parameter" if total else ""
     if active and active != total:
         ratio += f" ({_rounded(tokens / active)} per active one)"
-    return f"{numbered(steps, 'step')} = {shown}; {count(tokens)} tokens{ratio}"
+    added = {"neighbours": config.data.retrieval.neighbours, "holes": config.objective.cm3_rate}
+    without = " and ".join(name for name, given in added.items() if given)
+    counted = f"{count(tokens)} tokens{f' without {without}' if without else ''}"
+    return f"{numbered(steps, 'step')} = {shown}; {counted}{ratio}"
 
 
 def planned_sources(config: Config, data: Mixture, *, step: int, sequences: int) -> list[dict[str, Any]]:

@@ -232,13 +232,20 @@ def test_what_is_refused(tmp_path: Path, runs: tuple[Path, Path]) -> None:
 def test_notes(tmp_path: Path, runs: tuple[Path, Path]) -> None:
     wide = make_run(
         tmp_path / "wide",
-        config("optim.lr=0.1", "optim.schedule=linear", "train.eval_batches=2", ffn_hidden_size=192),
+        config(
+            "optim.lr=0.1",
+            "optim.schedule=linear",
+            "train.eval_batches=2",
+            "train.modality_weights={text: 3}",
+            ffn_hidden_size=192,
+        ),
         speedups=SPEEDUPS,
     )
     notes = "\n".join(compare(wide, [runs[1]]).notes)
     assert "4t4i: -2" in notes
     assert "% FLOPs per token" in notes
     assert "4t4i: another batch, learning rate, schedule or length than wide" in notes
+    assert "4t4i: another objective than wide: train.modality_weights" in notes
     assert "4t4i: evaluated on another part of the held-out split than wide" in notes
     assert "learning rates decay (linear)" in notes
     assert "4t4i: auxiliary routers were trained along" in notes

@@ -1,4 +1,4 @@
-"""A report of several runs says whose held-out values are of other documents."""
+"""A report says whose held-out values are of other documents, and which data a run was given."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from launch.goodput import goodput
 from mmscale.data.prepared.prepare import prepare
-from mmscale.report import page
+from mmscale.report import facts, page
 from tests.unit.data.samples import config, text, write_jsonl
 
 SAID = "values are of other documents in each run, and cannot be compared"
@@ -66,3 +66,10 @@ def test_other_documents_are_named(what: str, evaluated: bool, sets: dict[str, P
     )
     page.write_page(page.read_runs(runs[:1], goodput=goodput), tmp_path / "one.html")
     assert SAID not in (tmp_path / "one.html").read_text()
+
+
+def test_an_added_validation_set_is_one_change(tmp_path: Path) -> None:
+    """Not also a change of the empty section that it is in."""
+    for attempt, data in enumerate(("{path: a, validation: {}}", "{path: a, validation: {web: b}}"), start=1):
+        (tmp_path / f"config.{attempt}.yaml").write_text(f"data: {data}\n")
+    assert facts.changes(tmp_path) == [(2, "data.validation.web", None, "b")]

@@ -329,6 +329,10 @@ def test_the_start_event_has_the_passes_of_the_whole_run(folders: Path) -> None:
     said = exposure(made, place.mixture, sequences=run.consumed + 20 * BATCH, parameters={})
     for one in found:  # the start line and the event say the same
         assert f"{one['passes'][-1][1]:.2g} passes over {one['path']}" in said
+    assert " without " not in said
+    holes = made.model_copy(update={"objective": made.objective.model_copy(update={"cm3_rate": 0.5})})
+    given = exposure(holes, place.mixture, sequences=run.consumed + 20 * BATCH, parameters={"total": 10})
+    assert " tokens without holes, " in given  # they are not counted
     later = exposure(made, place.mixture, sequences=run.consumed + 20 * BATCH, parameters={}, begins_at=run.consumed)
     only = one["passes"][-1][1] - one["passes"][0][1]  # of a stage that begins here
     assert f"{only:.2g} passes over {one['path']}" in later

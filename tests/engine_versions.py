@@ -31,7 +31,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "steps": ("steps", "benchmark"),
     "layouts": ("layouts",),
     "untied": ("untied", "untied_fp8"),
-    "fp4": ("fp4",),
+    "products": ("grouped_fp8", "fp4"),
     "ring": ("ring",),
 }
 _MEGATRON = "from importlib.metadata import version; print(version('megatron-core'))"

@@ -69,13 +69,7 @@ LAYOUTS: dict[str, tuple[tuple[dict[str, Any], int], ...]] = {
     "nvfp4": ((TP2, 1), (EP2, 1), ({}, 1)),
 }
 # What every change takes: each recipe once, and every kind of parallelism with delayed scales.
-ALWAYS = {
-    "delayed": LAYOUTS["delayed"][:3],
-    "tensorwise": LAYOUTS["tensorwise"][:1],
-    "blockwise": LAYOUTS["blockwise"][:1],
-    "mxfp8": LAYOUTS["mxfp8"][:1],
-    "nvfp4": LAYOUTS["nvfp4"][:1],
-}
+ALWAYS = {recipe: layouts[: 3 if recipe == "delayed" else 1] for recipe, layouts in LAYOUTS.items()}
 SHORT = {"delayed": LAYOUTS["delayed"][:1], "tensorwise": LAYOUTS["tensorwise"][:1]}  # in `make test`
 LONG = {"delayed": LAYOUTS["delayed"][1:3], "blockwise": LAYOUTS["blockwise"][:1]}
 REST = {recipe: layouts[len(ALWAYS[recipe]) :] for recipe, layouts in LAYOUTS.items()}

@@ -27,6 +27,7 @@ LONG = (
     "checks_layouts.py",
     "checks_untied.py",
     "checks_untied_fp8.py",
+    "checks_grouped_fp8.py",
     "checks_fp4.py",
 )
 

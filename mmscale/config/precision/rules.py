@@ -45,6 +45,11 @@ def _recipe(config: Config) -> Iterator[Problem]:
                 f"precision.{key} = {count} is more than the {layers // config.parallel.pp} layers of a pipeline stage",
                 "lower it",
             )
+    if precision.fp8 == "nvfp4" and not precision.fp8_emulate and precision.dtype == "fp32":
+        yield Problem(  # the rotation's kernel takes bf16 only
+            "precision.fp8 = nvfp4 with precision.dtype = fp32: Transformer-Engine's Hadamard rotation takes bf16",
+            "use precision.dtype=bf16, or precision.fp8_emulate=true",
+        )
     standard = precision.fp4_stochastic_rounding and precision.fp4_hadamard
     if precision.fp8 == "nvfp4" and not precision.fp8_emulate and not standard:
         yield Problem(  # fp4_utils.py: NVFP4BlockScaling() without arguments

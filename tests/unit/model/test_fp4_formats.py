@@ -178,6 +178,17 @@ def test_the_three_products_of_a_linear(
             assert relative(found[index], value) < 2e-6
 
 
+def test_the_error_of_a_product() -> None:
+    """Of normal values, 256 x 256 x 256: nearest 0.147, rows stochastic 0.177; FP8 has 0.038."""
+    generator = torch.Generator().manual_seed(0)
+    rows, weight = (torch.randn(1, 256, 256, generator=generator) for _ in range(2))
+    right = fp4.quantize(weight, formats.amax_of(weight), Blocks.FP4_TILE)
+    for dice, most in ((None, 0.15), (fp4.Dice(1, 1), 0.18)):
+        left = fp4.quantize(rows, formats.amax_of(rows), Blocks.FP4_ROW, dice=dice)
+        found, exact = formats.product(left, right, torch.float32), rows @ weight
+        assert most - 0.01 < float((found - exact).norm() / exact.norm()) < most
+
+
 class _Numbered:
     """A batch that has nothing but its number."""
 

@@ -59,14 +59,14 @@ def with_recipe(made: Config, recipe: str, *, history: int = HISTORY) -> Config:
 
 
 TP2, EP2 = {"tp": 2}, {"ep": 2}
-# Steps that are exact, of three. Tensorwise scales are of all rows that an expert gets at once: under EP2 those of two
-# micro-batches, so that it is another computation there.
+# Steps that are exact, of three. Tensorwise scales, and NVFP4's factors, are of all rows that an expert gets at once:
+# under EP2 those of two micro-batches, so that it is another computation there.
 LAYOUTS: dict[str, tuple[tuple[dict[str, Any], int], ...]] = {
     "delayed": ((TP2, 1), (EP2, 2), ({"pp": 2}, 3), ({}, 2), ({"ep": 2, "overlap_experts": True}, 2)),
     "tensorwise": ((TP2, 1), ({}, 2)),
     "blockwise": ((TP2, 1), (EP2, 1)),
     "mxfp8": ((TP2, 1), (EP2, 1), ({}, 1)),
-    "nvfp4": ((TP2, 1), (EP2, 1), ({}, 1)),
+    "nvfp4": ((TP2, 1), ({}, 1)),
 }
 # What every change takes: each recipe once, and every kind of parallelism with delayed scales.
 ALWAYS = {recipe: layouts[: 3 if recipe == "delayed" else 1] for recipe, layouts in LAYOUTS.items()}

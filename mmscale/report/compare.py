@@ -19,7 +19,6 @@ from mmscale.report.held_out_parts import HeldOutParts
 from mmscale.report.history import History
 from mmscale.report.run_losses import (
     ALL,
-    MEANING,
     VIEWS,
     Measure,
     Model,
@@ -28,6 +27,7 @@ from mmscale.report.run_losses import (
     read_run,
     refuse_data,
     refuse_vocabulary,
+    views_of,
 )
 from mmscale.tables.settings import SCHEDULES
 from mmscale.train.stages.stage_report import report_of
@@ -75,6 +75,11 @@ class Comparison:
     speedups: tuple[Speedup, ...]
     notes: tuple[str, ...]
 
+    @property
+    def views(self) -> dict[View, str]:
+        """The losses that are shown, each in words."""
+        return views_of((self.baseline, *self.models))
+
     def find(self, model: str, view: View, part: str, measure: Measure, share: float | None) -> Speedup | None:
         """One of the ratios."""
         wanted = (model, view, part, measure, share)
@@ -87,7 +92,7 @@ class Comparison:
         return {
             "baseline": _entry(self.baseline),
             "models": [_entry(model) for model in self.models],
-            "views": MEANING,
+            "views": self.views,
             "speedups": [
                 {
                     "model": one.model,
@@ -179,7 +184,7 @@ def _speedups(
 
 
 def _notes(baseline: Model, models: Sequence[Model]) -> list[str]:
-    first = baseline.runs[0]
+    first, views = baseline.runs[0], views_of((baseline, *models))
     notes = []
     whole = any(one.held_out.partial for model in (baseline, *models) for one in model.runs if one.held_out)
     for model in (baseline, *models):
@@ -190,8 +195,8 @@ def _notes(baseline: Model, models: Sequence[Model]) -> list[str]:
             notes.append(f"{model.name}: {apart:+.1%} FLOPs per token, which the ratios of FLOPs account for")
         notes += _of_part(model, whole=whole)
         notes += _of_stage(model)
-        if missing := [view for view in VIEWS if view not in run.losses]:
-            notes.append(f"{model.name}: not measured: {'; '.join(MEANING[view] for view in missing)}")
+        if missing := [meaning for view, meaning in views.items() if view not in run.losses]:
+            notes.append(f"{model.name}: not measured: {'; '.join(missing)}")
         notes += _few_points_note(model)
         if run.config.model.auxiliary.mode == "joint":
             notes.append(

@@ -12,7 +12,7 @@ import numpy as np
 from mmscale.report.compare import Comparison
 from mmscale.report.equal_loss import matched
 from mmscale.report.figure_style import COLOURS, GREY, dress, new_figure
-from mmscale.report.run_losses import ALL, MEANING, VIEWS, Measure, Model, View
+from mmscale.report.run_losses import ALL, UNROUTED, Measure, Model, View
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,13 +29,13 @@ def render(found: Comparison) -> str:
     """Tables in Markdown, one for each loss, and the notes."""
     base = found.baseline
     lines = [f"Work of {_named(base)} over that of each model at the same loss (eta); above 1 the model needs less."]
-    for view in VIEWS:
+    for view, meaning in found.views.items():
         rows = _rows(found, view)
         if not rows:
             continue
         head = ["model", f"{ALL}: loss", *(f"{part}: FLOPs" for part in found.parts), f"{ALL}: seconds"]
         at = f"at the loss of {base.name} after"
-        lines += ["", f"{MEANING[view]}:", "", _row([head[0], at, *head[1:]]), _row(["---"] * (len(head) + 1)), *rows]
+        lines += ["", f"{meaning}:", "", _row([head[0], at, *head[1:]]), _row(["---"] * (len(head) + 1)), *rows]
     if found.notes:
         lines += ["", *(f"note: {note}" for note in found.notes)]
     return "\n".join(lines)
@@ -46,7 +46,7 @@ def step_matching(found: Comparison) -> Figure:
 
     Both as shares of the baseline's total. The diagonal is the baseline itself; below it a model needs less.
     """
-    views = [view for view in VIEWS if any(one.view == view for one in found.speedups)]
+    views = [view for view in found.views if any(one.view == view for one in found.speedups)]
     figure = new_figure(width=1.2 + 3.1 * len(found.parts), height=0.7 + 2.9 * len(views))
     axes = figure.subplots(len(views), len(found.parts), squeeze=False, sharex=True)
     for row, view in enumerate(views):
@@ -54,7 +54,8 @@ def step_matching(found: Comparison) -> Figure:
             _panel(axes[row][column], found, view, part)
             if row == 0:
                 axes[row][column].set_title(part, fontsize=11)
-        axes[row][0].set_ylabel(f"{_TITLES[view]}\nFLOPs to the same loss", fontsize=9)
+        title = _TITLES[view] if found.views is not UNROUTED else UNROUTED[view]
+        axes[row][0].set_ylabel(f"{title}\nFLOPs to the same loss", fontsize=9)
     for panel in axes[-1]:
         panel.set_xlabel(f"FLOPs of {found.baseline.name}, of its total", fontsize=9)
     handles, labels = axes[0][0].get_legend_handles_labels()

@@ -8,7 +8,7 @@ only this one is valid for a model that generates. compare.py computes ratios.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -40,6 +40,8 @@ MEANING: dict[View, str] = {
     "held_out": "held-out loss, batch routing (leaks the future)",
     "causal": "held-out loss, causal routing (every token routed from itself alone)",
 }
+# Of models in which nothing chooses tokens: `held_out` and `causal` are the same.
+UNROUTED: dict[View, str] = {"training": "training loss", "causal": "held-out loss"}
 ALL = "all"  # all modalities together
 # Causal routings by which a run measures held-out losses, in order of preference.
 _CAUSAL = tuple(routing for routing in CAUSAL_ROUTINGS if routing.mode.measured)
@@ -135,6 +137,11 @@ class Model:
         whole = _falling(list(points.values()), measure, bins=bins)
         alone = {folder: _falling([own], measure, bins=bins) for folder, own in points.items()}
         return whole, alone if len(points) > 1 else {}
+
+
+def views_of(models: Iterable[Model]) -> dict[View, str]:
+    """The losses by which models are compared, each in words. If none routes, all held-out losses are causal."""
+    return MEANING if any(run.config.model.routes for model in models for run in model.runs) else UNROUTED
 
 
 def _falling(points: Sequence[Points], measure: Measure, *, bins: int | None) -> Falling | None:

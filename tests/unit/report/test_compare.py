@@ -19,7 +19,7 @@ from mmscale.config.derived import tokens_per_step
 from mmscale.config.load import dump, resolve
 from mmscale.errors import UsageError
 from mmscale.plan import flops_per_token
-from mmscale.report import facts, history, page
+from mmscale.report import compare_view, facts, history, page
 from mmscale.report.compare import compare
 from mmscale.report.comparison_section import comparison_section
 from mmscale.report.equal_loss import Bound
@@ -249,6 +249,26 @@ def test_notes(tmp_path: Path, runs: tuple[Path, Path]) -> None:
     assert "4t4i: evaluated on another part of the held-out split than wide" in notes
     assert "learning rates decay (linear)" in notes
     assert "4t4i: auxiliary routers were trained along" in notes
+
+
+@pytest.mark.parametrize("other", ["dense", "untied", "moma", "depth"])
+def test_losses_are_named_by_routing_only_if_something_routes(tmp_path: Path, other: str) -> None:
+    """In tables, in the picture, in JSON and in notes."""
+    kinds: dict[str, dict[str, Any]] = {
+        "dense": {"ffn_hidden_size": 192},
+        "untied": {"untie": ["attention", "ffn", "norms"]},
+        "moma": {"kind": "moma"},
+        "depth": {"depth": {"capacity": 0.25}},
+    }
+    first = make_run(tmp_path / "first", config(), speedups=SPEEDUPS)
+    second = make_run(tmp_path / "second", config(**kinds[other]), speedups=SPEEDUPS)
+    found = compare(first, [second])
+    routes = other in ("moma", "depth")
+    text = compare_view.render(found)
+    assert ("leaks the future" in text) is routes and ("held-out loss:" in text) is not routes
+    shown = [axes.get_ylabel() for axes in compare_view.step_matching(found).axes if axes.get_ylabel()]
+    assert any("batch routing" in label for label in shown) is routes
+    assert ("held_out" in found.as_dict()["views"]) is routes
 
 
 def test_section_of_a_page(runs: tuple[Path, Path]) -> None:

@@ -42,7 +42,7 @@ _STRETCH = 0.1  # length of a stretch, as a share of the steps
 
 def run(
     *,
-    formats: Sequence[str] | str = ("delayed", "tensorwise", "blockwise", "mxfp8"),
+    formats: Sequence[str] | str = ("delayed", "tensorwise", "blockwise", "mxfp8", "nvfp4"),
     lrs: Sequence[float] | float = (4e-3, 1.6e-2, 6.4e-2),
     seeds: int = 2,
     steps: int = 200,

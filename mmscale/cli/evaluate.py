@@ -91,7 +91,7 @@ def evaluate(
     tasks = [Use("task", "--task", name, {}) for name in others if name not in EVAL_TASKS]
     own_tasks = [name for name in others if name in EVAL_TASKS]
     for use in tasks:
-        plugins.check(use)
+        _check_task(use)
     wanted = {"tasks": tasks, "questions": questions, "own_tasks": own_tasks}
     asked: dict[str, Any] = {key: given for key, given in wanted.items() if given}
     if near is not None:
@@ -143,6 +143,19 @@ def _check(
     if routing is not None:
         check_routing(folder, step, Routing(routing))
     check_chosen(folder, step, data, neighbours)
+
+
+def _check_task(use: Use) -> None:
+    """Refuse what is neither a file nor a built-in task, unless it is a plug-in that can be made."""
+    try:
+        plugins.check_name(use, ())
+    except plugins.MissingPluginError:
+        raise UsageError(
+            f"--task {use.name!r} is no file (.jsonl), no built-in task ({', '.join(EVAL_TASKS)}), no plug-in "
+            "module:attribute and no installed plug-in",
+            remedy="correct the name; tasks of the data set itself are asked without --task",
+        ) from None
+    plugins.check(use)
 
 
 def _tasks(named: list[str]) -> tuple[dict[str, Path], list[str]]:

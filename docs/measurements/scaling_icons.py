@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from commands import mmscale
 
+from mmscale.config.load import load
+
 log = logging.getLogger(__name__)
 CONFIG = Path("examples/icons/equal_loss.yaml")
 DOCUMENTS, BOTH = Path("data/icons-documents/documents"), Path("data/icons-eta")
@@ -32,7 +35,6 @@ WIDTHS = (24, 48, 96)
 STEPS = (200, 400, 800)
 SEQUENCES, LENGTH = 4, 320  # of a step
 UNTIED = "model.untie=[attention,ffn,norms]"
-DENSE = ("model.kind=dense", "model.experts.counts={}", "model.auxiliary=null", "auxiliary=null")
 # Documents that show each name and each picture once.
 PARTS = {"text": " draw", "image": " read"}
 
@@ -57,14 +59,13 @@ class Run:
         return f"{self.kind}_{self.width}_{self.steps}"
 
     def settings(self, folder: Path) -> list[str]:
-        """What differs from the configuration."""
+        """What differs from the dense baseline."""
         data = folder / self.kind if self.kind in PARTS else BOTH
         size = (f"model.hidden_size={self.width}", f"model.ffn_hidden_size={self.width * 11 // 4}")
         return [
             f"run.name={self.name}",
             f"run.dir={folder / 'runs'}",
             f"data.path={data}",
-            *DENSE,
             *size,
             f"train.steps={self.steps}",
             f"train.micro_batch_size={SEQUENCES}",
@@ -96,7 +97,7 @@ def prepare(folder: Path) -> None:
             rows = [only(row, kind) for row in table.to_pylist() if row["id"].endswith(ending)]
             pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), documents / file.name)
         out = folder / kind
-        if not out.exists():
+        if not (out / "manifest.json").exists():  # goes on where it was ended
             mmscale("data", "prepare", "--documents", f"{documents}/*.parquet", "--like", BOTH, "--out", out)
 
 
@@ -107,10 +108,14 @@ def only(document: dict[str, Any], kind: str) -> dict[str, Any]:
 
 def train(folder: Path) -> None:
     """Every run that is not finished."""
+    files = folder / "baselines"
+    shutil.rmtree(files, ignore_errors=True)  # the configuration may have changed
+    mmscale("baselines", CONFIG, "--out", files)
+    dense = files / f"{load(CONFIG).run.name}_dense.yaml"
     for run in planned():
         done = folder / "finished" / run.name
         if not done.exists():
-            mmscale("train", CONFIG, *run.settings(folder), one_thread=True)
+            mmscale("train", dense, *run.settings(folder), one_thread=True)
             done.parent.mkdir(exist_ok=True)
             done.touch()
             log.info("%s is finished", run.name)

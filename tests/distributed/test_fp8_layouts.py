@@ -182,7 +182,7 @@ def test_split_sequences_equal_one_process(tmp_path: Path) -> None:
 
 
 # Layouts of models with a product for each modality: recipe, layout, exact steps, and a modality that half of the
-# micro-batches lack.
+# micro-batches lack. Not nvfp4: a value that another order of summation rounds to another code moves the norm by 0.6 %.
 UNTIED: dict[str, tuple[tuple[str, dict[str, Any], int, str | None], ...]] = {
     "mot": (
         ("delayed", TP2, 1, None),
@@ -195,8 +195,6 @@ UNTIED: dict[str, tuple[tuple[str, dict[str, Any], int, str | None], ...]] = {
         ("blockwise", {}, 2, None),
         ("mxfp8", TP2, 1, "image"),
         ("mxfp8", {"pp": 2}, 3, None),
-        ("nvfp4", TP2, 1, None),
-        ("nvfp4", {"pp": 2}, 3, "image"),
     ),
     "mot_post_depth": (("delayed", TP2, 1, None), ("delayed", {"pp": 2}, 3, "image"), ("tensorwise", TP2, 1, None)),
     "mot_4t1i": (

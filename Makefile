@@ -30,7 +30,7 @@ help:
 	@echo "make test-all     both, and every combination of layouts and features (tests marked exhaustive)"
 	@echo "make security     hostile inputs and fuzzers, about an hour"
 	@echo "make durations    run the tests one after the other; table of what each costs"
-	@echo "make lint         ruff, mypy and import contracts only"
+	@echo "make lint         ruff, mypy, import contracts, and the tests that only read sources and pages"
 	@echo "make docs         the documentation as a site in .site; fails on a broken link"
 	@echo "make wheelhouse   wheels of mmscale and all its dependencies in wheelhouse/, for a machine without a network"
 	@echo "make soak         kill a run 200 times at random; its numbers must equal an undisturbed run's"
@@ -127,11 +127,14 @@ test: lint pytest
 
 test-all: test test-long matrices
 
+# Tests that only read sources and pages: messages, words, structure. They take 15 s and belong to the linters.
+READERS := $(addprefix tests/unit/test_,messages.py words.py tree.py clocks.py docs.py streams.py)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -q $(READERS)
 
 # Every kind of thing that the project promises, in less than ten minutes on two cores; `test-long` has the rest of the rows
 # (tests marked `long`). tests/streams.py runs each tier as several processes at once. GPU tests run afterwards, all of them.

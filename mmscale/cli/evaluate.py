@@ -151,8 +151,8 @@ def _check_task(use: Use) -> None:
         plugins.check_name(use, ())
     except plugins.MissingPluginError:
         raise UsageError(
-            f"--task {use.name!r} is no file (.jsonl), no built-in task ({', '.join(EVAL_TASKS)}), no plug-in "
-            "module:attribute and no installed plug-in",
+            f"there is no task {use.name!r}: --task takes a file of questions (.jsonl), a built-in task "
+            f"({', '.join(EVAL_TASKS)}) or a plug-in (module:attribute, or the name of an installed one)",
             remedy="correct the name; tasks of the data set itself are asked without --task",
         ) from None
     plugins.check(use)

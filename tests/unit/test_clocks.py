@@ -264,12 +264,12 @@ def replaced_for_all(source: str) -> list[int]:
     return found
 
 
-def tests() -> list[Path]:
+def files() -> list[Path]:
     return [path for path in sorted((ROOT / "tests").rglob("*.py")) if path != Path(__file__)]
 
 
 def test_no_assertion_is_about_speed() -> None:
-    sources = {path: path.read_text() for path in tests()}
+    sources = {path: path.read_text() for path in files()}
     shared: Constants = {}
     for source in sources.values():
         for node in ast.parse(source).body:
@@ -283,13 +283,13 @@ def test_processor_time_is_read_in_one_place() -> None:
     """`bounded_work` is the only ceiling of processor time."""
     names = ("process_time", "thread_time")
     found = [
-        str(path.relative_to(ROOT)) for path in tests() if any(f"time.{name}" in path.read_text() for name in names)
+        str(path.relative_to(ROOT)) for path in files() if any(f"time.{name}" in path.read_text() for name in names)
     ]
     assert sorted(found) == sorted(MAY_READ_PROCESSOR_TIME)
 
 
 def test_time_is_replaced_for_one_module() -> None:
-    found = {str(path.relative_to(ROOT)): replaced_for_all(path.read_text()) for path in tests()}
+    found = {str(path.relative_to(ROOT)): replaced_for_all(path.read_text()) for path in files()}
     assert {file: lines for file, lines in found.items() if lines} == {}
 
 

@@ -74,7 +74,7 @@ ROWS = [
     Row("eval run --task mixed.jsonl", "mixes questions with choices", "make two files", 3),
     Row("eval run --task empty.jsonl", "holds no questions", "a question is a document", 3),
     Row("eval run --task a=good.jsonl --task a=mixed.jsonl", "two tasks are named a", "--task NAME=FILE", 2),
-    Row("eval run --task which", "no built-in task (", "asked without --task", 2),
+    Row("eval run --task which", "there is no task 'which'", "asked without --task", 2),
     # neighbours
     Row("eval run --neighbours 2", "set has no neighbours", "mmscale data retrieve set", 3),
     Row("eval run --neighbours 1000", "--neighbours 1000 is out of range", "a number from 0", 2),

@@ -12,10 +12,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 import torch
 from megatron.core.fusions.fused_bias_swiglu import SwiGLUFunction
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from mmscale.config import Config
@@ -93,12 +95,33 @@ def chosen(config: Config) -> ExpertCompute:
 def swiglu(gate_up: Tensor, *, fused: bool) -> Tensor:
     """[..., gate F, up F] -> silu(gate) * up, [..., F].
 
-    Unfused, autograd saves the gate, the up part, silu(gate) and the product; fused, the input and the product.
+    Unfused, the input, silu(gate) and the product are kept for backward; fused, the input and the product.
     """
     if fused:
         return SwiGLUFunction.apply(gate_up, False, False)
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
+    return _SwiGLU.apply(gate_up)
+
+
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) * up. Backward writes both gradients into one tensor; autograd would concatenate them."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        activated = F.silu(gate)
+        ctx.save_for_backward(gate_up, activated)
+        return activated * up
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        gate_up, activated = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        result = torch.empty_like(gate_up)
+        for_gate, for_up = result.chunk(2, dim=-1)
+        torch.mul(gradients[0], activated, out=for_up)
+        torch.ops.aten.silu_backward.grad_input(gradients[0] * up, gate, grad_input=for_gate)
+        return result
 
 
 def feed_forward(tokens: Tensor, w1: Tensor, w2: Tensor, *, compute: ExpertCompute) -> Tensor:

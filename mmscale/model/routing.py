@@ -32,9 +32,26 @@ def _best(ranked: Tensor, count: int) -> Tensor:
     Ties are common: every document's first token has the same hidden state in all layers, and in layer 0 every repeated
     token has. Their logits are equal, or differ in the last bit depending on vectorization, so the choice among them
     would differ between layouts (this caused a jump of 1e-5 in the loss of an EP2 run: logits 0.31037587 and 0.31037584
-    where one process had equal ones). Therefore the lowest bits, a relative 1e-4, are dropped and the sort is stable.
+    where one process had equal ones). Therefore the lowest bits, a relative 1e-4, are dropped, and of equal values the
+    one at the lower position comes first.
     """
-    return _coarse(ranked).sort(dim=0, descending=True, stable=True).indices[:count]
+    if ranked.is_cuda:
+        return _coarse(ranked).sort(dim=0, descending=True, stable=True).indices[:count]
+    return _best_on_host(ranked, count)
+
+
+def _best_on_host(ranked: Tensor, count: int) -> Tensor:
+    """The same positions as a stable descending sort, in a third of its time (docs/performance.md).
+
+    A host sorts stably by comparing pairs of value and index. Here value and position are one integer, so no two are
+    equal, and the largest ones are found without sorting the rest.
+    """
+    # Integers in the order of the floats: for negative ones the order of the bits is reversed. Adding 0 makes -0 a 0.
+    bits = _coarse(ranked + 0.0).view(torch.int32)
+    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long().flatten(1).t()  # [columns, positions]
+    keys = (ordered << 32) - torch.arange(ranked.shape[0], device=ranked.device)
+    best = keys.topk(min(count, ranked.shape[0]), dim=-1).values
+    return (-best & 0xFFFFFFFF).t().reshape(-1, *ranked.shape[1:])
 
 
 def _coarse(values: Tensor) -> Tensor:

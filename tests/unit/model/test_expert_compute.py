@@ -110,3 +110,15 @@ def test_what_this_machine_cannot_do(experts: dict[str, object], cause: str) -> 
     with pytest.raises(ConfigError, match=cause) as caught:
         chosen(with_experts(**experts))
     assert caught.value.remedy
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_swiglu_has_the_bits_of_autograd(dtype: torch.dtype) -> None:
+    gate_up = inputs((3, 5, 16, 24), dtype)[0]
+    direction = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(6)).to(dtype)
+    gate, up = gate_up.chunk(2, dim=-1)
+    wanted = torch.nn.functional.silu(gate) * up
+    found = swiglu(gate_up, fused=False)
+    assert torch.equal(found, wanted)
+    exact = torch.autograd.grad(wanted, gate_up, direction)
+    assert torch.equal(*torch.autograd.grad(found, gate_up, direction), *exact)

@@ -5,6 +5,8 @@ Choices themselves are compared with slow oracles in test_routing_oracles.py.
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,7 +15,16 @@ from scipy import stats
 from torch import Tensor
 
 from mmscale.model.capacity import Slots
-from mmscale.model.routing import Selection, combine, depth_choice, expert_choice, gumbel_noise, noise_key
+from mmscale.model.routing import (
+    Selection,
+    _best_on_host,
+    _coarse,
+    combine,
+    depth_choice,
+    expert_choice,
+    gumbel_noise,
+    noise_key,
+)
 from tests.unit.model.reference_parts import Choice, choose
 
 WIDTH = 3
@@ -140,6 +151,24 @@ def test_ties_go_to_the_earlier_token(value: float, per_sequence: bool) -> None:
     for row, valid in zip(selection.token, selection.valid, strict=True):
         assert len(set(row.tolist())) == row.numel()
         assert sorted(row[valid].tolist()) == [2, 6, 10, 14]  # even with score 0 members come before others
+
+
+ORDINARY = st.floats(allow_nan=False, width=32)
+# Rounding differences, both zeros, and the value of tokens of other groups.
+TIED = st.sampled_from([0.0, -0.0, 1.0, 1.0000001, -1.0, -1.0000001, 3e-39, float("-inf"), float("inf")])
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_a_host_chooses_as_a_stable_sort_does(data: st.DataObject) -> None:
+    columns = data.draw(st.sampled_from([(1,), (3,), (2, 3)]))
+    length = data.draw(st.integers(1, 12))
+    count = data.draw(st.integers(0, length + 1))
+    size = length * math.prod(columns)
+    values = torch.tensor(data.draw(st.lists(ORDINARY | TIED, min_size=size, max_size=size)), dtype=torch.float32)
+    ranked = values.view(length, *columns)
+    expected = _coarse(ranked).sort(dim=0, descending=True, stable=True).indices[:count]
+    assert torch.equal(_best_on_host(ranked, count), expected)
 
 
 def test_saturated_scores_are_still_ranked() -> None:

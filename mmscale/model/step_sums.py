@@ -12,18 +12,20 @@ Key = tuple[int, str, int]  # layer, group of experts and micro-batch
 class StepSums:
     """Sums of a step's micro-batches on this rank, with the buffer that each one updates.
 
+    Layers see micro-batches in the order of their numbers. An earlier one can only be repeated, by recompute.
+
     Attributes:
         sums: by layer and group.
     """
 
     def __init__(self) -> None:
         self.sums: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
-        self._seen: set[Key] = set()
+        self._newest: dict[tuple[int, str], int] = {}  # micro-batch that was added last
 
     def clear(self) -> None:
         """Reset all sums; called at the start of a step."""
         self.sums.clear()
-        self._seen.clear()
+        self._newest.clear()
 
     def add_once(self, buffer: Tensor, key: Key, values: Callable[[], Tensor]) -> None:
         """Add values, unless those of this key were added: recompute repeats every choice.
@@ -31,10 +33,13 @@ class StepSums:
         Args:
             buffer: the buffer to update after the step.
             key: of the choice.
-            values: computes what is added, always in the same shape.
+            values: computes what is added, always in the same shape; not called for a repeated choice.
         """
-        if key in self._seen:
+        place, micro_batch = key[:2], key[2]
+        if place not in self.sums:
+            self.sums[place] = buffer, values()
+        elif micro_batch > self._newest[place]:
+            self.sums[place] = buffer, self.sums[place][1] + values()
+        else:
             return
-        self._seen.add(key)
-        found, known = values(), self.sums.get(key[:2])
-        self.sums[key[:2]] = (buffer, found if known is None else known[1] + found)
+        self._newest[place] = micro_batch

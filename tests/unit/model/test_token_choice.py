@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -187,12 +188,26 @@ def test_biases_are_those_of_megatron_core(monkeypatch: pytest.MonkeyPatch) -> N
     assert torch.equal(bias, want)
 
 
-def test_a_repeated_choice_counts_once() -> None:
-    """Recompute runs every layer twice."""
+@pytest.mark.parametrize("order", [(0, 0, 1, 1), (0, 1, 0, 1)], ids=["recomputed", "recomputed in a pipeline"])
+def test_a_repeated_choice_counts_once(order: tuple[int, ...]) -> None:
+    """Recompute runs every layer twice; a pipeline has seen later micro-batches by then."""
     loads, bias, taken = Loads(), torch.zeros(2), torch.tensor([[[True, False]], [[True, True]]])
-    for key in ((1, "text", 0), (1, "text", 0), (1, "text", 1), (2, "text", 0)):
+    for key in (*((1, "text", number) for number in order), (2, "text", 0)):
         loads.add(bias, taken, key=key)
     assert [sums.tolist() for _, sums in loads.sums.values()] == [[4.0, 2.0], [2.0, 1.0]]
+    loads.clear()
+    loads.add(bias, taken, key=(1, "text", 0))  # a step that is computed again
+    assert [sums.tolist() for _, sums in loads.sums.values()] == [[2.0, 1.0]]
+
+
+def test_memory_of_loads_does_not_grow_with_micro_batches() -> None:
+    def size(micro_batches: int) -> int:
+        loads, bias, taken = Loads(), torch.zeros(2), torch.tensor([[[True, False]]])
+        for number in range(micro_batches):
+            loads.add(bias, taken, key=(1, "text", number))
+        return len(pickle.dumps(vars(loads)))
+
+    assert size(200) == size(1)
 
 
 # --- models -----------------------------------------------------------------------------------------------------------

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from mmscale.model.step_sums import FirstPass
+
 # Bins of the histogram of scores in [0, 1] that thresholds are computed from. Integer counts add up exactly over
 # ranks, so thresholds do not depend on the layout.
 BINS = 4096
@@ -108,12 +110,12 @@ class RouterLearning:
         self.gradients = gradients
         self.histograms = histograms
         self.records: dict[tuple[int, str], RouterRecord] = {}
-        self._seen: set[tuple[int, str, int]] = set()
+        self._first_pass = FirstPass()
 
     def clear(self) -> None:
         """Reset all sums; called at the start of a step."""
         self.records.clear()
-        self._seen.clear()
+        self._first_pass.clear()
 
     def observe(
         self,
@@ -137,9 +139,8 @@ class RouterLearning:
             kind: "experts/<group>" or "depth".
             micro_batch: its number. Recompute repeats every choice; the number is used to count each one once.
         """
-        if (layer, kind, micro_batch) in self._seen:
+        if not self._first_pass.of((layer, kind, micro_batch)):
             return
-        self._seen.add((layer, kind, micro_batch))
         member = torch.stack(tuple(masks.values())).any(dim=0).unsqueeze(-1)
         with torch.set_grad_enabled(self.gradients):
             weights = {

@@ -9,10 +9,31 @@ from torch import Tensor
 Key = tuple[int, str, int]  # layer, group of experts and micro-batch
 
 
+class FirstPass:
+    """Whether a layer sees a micro-batch for the first time, and not again by recompute.
+
+    Layers see micro-batches in the order of their numbers, and only earlier ones again, so the newest number of each
+    layer is all that is kept.
+    """
+
+    def __init__(self) -> None:
+        self._newest: dict[tuple[int, str], int] = {}
+
+    def clear(self) -> None:
+        """Forget all micro-batches; called at the start of a step."""
+        self._newest.clear()
+
+    def of(self, key: Key) -> bool:
+        """Whether this is the first call with this key since `clear`."""
+        place, micro_batch = key[:2], key[2]
+        if place in self._newest and micro_batch <= self._newest[place]:
+            return False
+        self._newest[place] = micro_batch
+        return True
+
+
 class StepSums:
     """Sums of a step's micro-batches on this rank, with the buffer that each one updates.
-
-    Layers see micro-batches in the order of their numbers. An earlier one can only be repeated, by recompute.
 
     Attributes:
         sums: by layer and group.
@@ -20,12 +41,12 @@ class StepSums:
 
     def __init__(self) -> None:
         self.sums: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
-        self._newest: dict[tuple[int, str], int] = {}  # micro-batch that was added last
+        self._first_pass = FirstPass()
 
     def clear(self) -> None:
         """Reset all sums; called at the start of a step."""
         self.sums.clear()
-        self._newest.clear()
+        self._first_pass.clear()
 
     def add_once(self, buffer: Tensor, key: Key, values: Callable[[], Tensor]) -> None:
         """Add values, unless those of this key were added: recompute repeats every choice.
@@ -35,11 +56,7 @@ class StepSums:
             key: of the choice.
             values: computes what is added, always in the same shape; not called for a repeated choice.
         """
-        place, micro_batch = key[:2], key[2]
-        if place not in self.sums:
-            self.sums[place] = buffer, values()
-        elif micro_batch > self._newest[place]:
-            self.sums[place] = buffer, self.sums[place][1] + values()
-        else:
+        if not self._first_pass.of(key):
             return
-        self._newest[place] = micro_batch
+        found, known = values(), self.sums.get(key[:2])
+        self.sums[key[:2]] = (buffer, found if known is None else known[1] + found)

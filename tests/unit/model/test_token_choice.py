@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -198,16 +197,6 @@ def test_a_repeated_choice_counts_once(order: tuple[int, ...]) -> None:
     loads.clear()
     loads.add(bias, taken, key=(1, "text", 0))  # a step that is computed again
     assert [sums.tolist() for _, sums in loads.sums.values()] == [[2.0, 1.0]]
-
-
-def test_memory_of_loads_does_not_grow_with_micro_batches() -> None:
-    def size(micro_batches: int) -> int:
-        loads, bias, taken = Loads(), torch.zeros(2), torch.tensor([[[True, False]]])
-        for number in range(micro_batches):
-            loads.add(bias, taken, key=(1, "text", number))
-        return len(pickle.dumps(vars(loads)))
-
-    assert size(200) == size(1)
 
 
 # --- models -----------------------------------------------------------------------------------------------------------

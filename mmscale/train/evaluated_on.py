@@ -62,10 +62,11 @@ class EvaluatedOn:
             asked[name] = Asked(len(tasks[name]), str(place))
             lines.append(describe(name, tasks[name], place=place, others=others))
         chances = {name: chance for name, items in tasks.items() if (chance := chance_of(items)) is not None}
-        learned, unknown = learned_sets(origin or {})
+        own = dict(blend) | {one.folder: one.manifest for one in sets}
+        learned, unknown = learned_sets(origin or {}, own)
         trained = learned | {Path(one.path): blend[Path(one.path)] for one in config.data.sources if one.trained}
         whole = {one.folder for one in sets if one.split != HELD_OUT}
-        leaks = leaks_of(trained, dict(blend) | {one.folder: one.manifest for one in sets}, whole=whole) + unknown
+        leaks = leaks_of(trained, own, whole=whole) + unknown
         lines += [f"note: {line}" for line in (*leaks, *other_settings(config))]
         kept = {"validation": identities_of(sets), "tasks": identities_of_tasks(tasks)}
         fields = as_field(asked) | ({"guessing": chances} if chances else {})

@@ -6,9 +6,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mmscale.data.prepared.identity import identity_of
-from mmscale.data.prepared.manifest import Manifest, read_manifest
-from mmscale.errors import DataError
+from mmscale.data.prepared.leaks import still_as_read
+from mmscale.data.prepared.manifest import Manifest
 
 LEARNED = "main_data"  # in the metadata of the stage, beside the step of the main checkpoint
 
@@ -26,27 +25,14 @@ def learned_from(info: Mapping[str, Any]) -> list[dict[str, str]]:
     ]
 
 
-def learned_sets(origin: Mapping[str, Any]) -> tuple[dict[Path, Manifest], list[str]]:
-    """Manifests of these sets by folder, and a line for each one that is not what it was.
+def learned_sets(origin: Mapping[str, Any], own: Mapping[Path, Manifest]) -> tuple[dict[Path, Manifest], list[str]]:
+    """Manifests of these sets by folder, and a line for each one that cannot be compared, as `still_as_read`.
 
     Args:
         origin: `BuiltStage.origin`.
+        own: manifests of the data sets that the stage evaluates and trains on, by folder.
     """
-    sets, lines = {}, []
-    for path, identity in _recorded(origin):
-        try:
-            manifest = read_manifest(Path(path))
-            same = identity_of(Path(path), manifest) == identity
-        except (OSError, DataError):
-            same = False
-        if same:
-            sets[Path(path)] = manifest
-        else:
-            lines.append(
-                f"held-out documents are not compared with {path}, which the main run trained on: it is missing or "
-                "holds other documents now"
-            )
-    return sets, lines
+    return still_as_read(((path, (identity,)) for path, identity in _recorded(origin)), own)
 
 
 def _recorded(origin: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -78,32 +78,45 @@ def leaks_of_settings(
     blend = read_blend(evaluated)
     sets = read_validation(evaluated, blend)
     own = {**blend, **{one.folder: one.manifest for one in sets}}
+    trained_sets = ((one.path, read) for one in trained.data.sources if one.trained)
+    known, lines = still_as_read(trained_sets, own)
+    whole = {one.folder for one in sets if one.split != HELD_OUT}
+    return leaks_of(known, own, whole=whole) + (lines if missing else [])
+
+
+def still_as_read(
+    read: Iterable[tuple[str, Collection[str]]], own: Mapping[Path, Manifest]
+) -> tuple[dict[Path, Manifest], list[str]]:
+    """Those data sets that a model was trained on which can be compared with others, and a line for each other one.
+
+    Args:
+        read: their paths, each with the identities that its training documents may have; empty: unknown.
+        own: manifests of the data sets that they are compared with, by folder.
+
+    Returns:
+        Manifests by folder; a folder of `own` under another path keeps its key in `own`.
+    """
     names = {folder.resolve(): folder for folder in own}
     known: dict[Path, Manifest] = {}
     lines: list[str] = []
-    for path in (one.path for one in trained.data.sources if one.trained):
+    for path, identities in read:
         folder = names.get(Path(path).resolve(), Path(path))
-        manifest, problem = _as_read(folder, own, read)
+        manifest, problem = _as_read(folder, own, identities)
         if manifest is not None:
             known[folder] = manifest
-        elif missing:
+        else:
             lines.append(f"held-out documents are not compared with the training documents of {path}, {problem}")
-    return leaks_of(known, own, whole={one.folder for one in sets if one.split != HELD_OUT}) + lines
+    return known, lines
 
 
-def _as_read(folder: Path, own: Mapping[Path, Manifest], read: Collection[str]) -> tuple[Manifest | None, str]:
-    """The manifest of a data set if its tokens can be compared with those of others; otherwise what is in the way.
-
-    Args:
-        folder: the data set.
-        own: manifests of the other ones.
-        read: as in `leaks_of_settings`.
-    """
+def _as_read(folder: Path, own: Mapping[Path, Manifest], identities: Collection[str]) -> tuple[Manifest | None, str]:
+    """The manifest of one of these data sets, or why it cannot be compared. Arguments as for `still_as_read`."""
     try:
         manifest = own[folder] if folder in own else read_manifest(folder)
-    except DataError:
+        same = not identities or identity_of(folder, manifest) in identities
+    except (OSError, DataError):
         return None, "which cannot be read"
-    if read and identity_of(folder, manifest) not in read:
+    if not same:
         return None, "which were replaced after the run read them"
     for other in own.values():
         common = manifest.tokenizers.keys() & other.tokenizers.keys()

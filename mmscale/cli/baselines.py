@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmscale.cli.output import Json, Overrides, console, emit
+from mmscale.cli.arguments import ConfigFile, Overrides
+from mmscale.cli.output import Json, console, emit
 from mmscale.errors import UsageError
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def baselines(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file.")],
+    config: ConfigFile,
     overrides: Overrides = None,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the files.")] = Path("baselines"),
     experts: Annotated[

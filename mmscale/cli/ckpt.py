@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from mmscale.cli import ckpt_copies, ckpt_mirrors
+from mmscale.cli.arguments import Signers
 from mmscale.cli.named_files import check_checkpoint, split_step
 from mmscale.cli.output import Json, console, emit, pairs, size
 from mmscale.errors import CheckpointError, UsageError
@@ -134,12 +135,7 @@ def _contents(result: dict[str, Any]) -> None:
 @app.command("verify", epilog="Example: mmscale ckpt verify runs/quickstart")
 def verify(
     run: RunAtStep,
-    signers: Annotated[
-        Path | None,
-        typer.Option(
-            "--signers", metavar="FILE", help="Allowed signers, see ssh-keygen(1); one of them must have signed."
-        ),
-    ] = None,
+    signers: Signers = None,
     as_json: Json = False,
 ) -> None:
     """Read and hash every file of a checkpoint, or of all checkpoints of a run.

@@ -11,15 +11,14 @@ from typing import Annotated, Any
 
 import typer
 
+from mmscale.cli.arguments import NewRun, RunAtStep
 from mmscale.cli.named_files import split_step
 from mmscale.cli.output import Json, emit, pairs, size
 from mmscale.errors import UsageError
 from mmscale.runtime.activity import report_activity
 from mmscale.tables.settings import UNTIED
 
-RunAtStep = Annotated[str, typer.Argument(metavar="RUN[@STEP]", help="Run folder, and optionally a step of it.")]
 Weights = Annotated[bool, typer.Option("--weights", help="Exclude the optimizer state.")]
-NewRun = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a new run.")]
 
 
 def archive(

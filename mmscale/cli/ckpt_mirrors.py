@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mmscale.cli.arguments import NewRun, Signers
 from mmscale.cli.output import Json, emit, pairs, size
 from mmscale.errors import CheckpointError, UsageError
 from mmscale.tables.mirror_urls import protocol_of
@@ -50,13 +51,8 @@ def fetch(
             metavar="URL[@STEP]", help="URL of the run in the mirror: checkpoint.mirror, a slash and the run's name."
         ),
     ],
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a new run.")],
-    signers: Annotated[
-        Path | None,
-        typer.Option(
-            "--signers", metavar="FILE", help="Allowed signers, see ssh-keygen(1); one of them must have signed."
-        ),
-    ] = None,
+    run: NewRun,
+    signers: Signers = None,
     as_json: Json = False,
 ) -> None:
     """Fetch the newest complete checkpoint of a mirrored run, verify it and make it a run that can be resumed.

@@ -7,19 +7,19 @@ checks and no torch here.
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from mmscale.cli.output import Json, Overrides, console, emit, pairs
+from mmscale.cli.arguments import ConfigFile, Overrides
+from mmscale.cli.output import Json, console, emit, pairs
 
 app = typer.Typer(help="Check a configuration and explain its settings.", no_args_is_help=True)
 
 
 @app.command("check", epilog="Example: mmscale config check configs/quickstart.yaml parallel.tp=2")
 def check(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file.")],
+    config: ConfigFile,
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:

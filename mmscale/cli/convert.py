@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mmscale.cli.arguments import NewRun, RunAtStep
 from mmscale.cli.named_files import check_export, check_model, check_set, split_step
 from mmscale.cli.output import Json, emit, pairs
 from mmscale.errors import UsageError
@@ -33,7 +34,7 @@ _AFTER = {
 
 @app.command("to-hf", epilog="Example: mmscale convert to-hf runs/quickstart@1200 exports/quickstart")
 def to_hf(
-    run: Annotated[str, typer.Argument(metavar="RUN[@STEP]", help="Run folder, and optionally a step of it.")],
+    run: RunAtStep,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to create; it must not exist.")],
     data: Annotated[
         Path | None,
@@ -128,7 +129,7 @@ def from_hf(
             help="Folder with config.json, and safetensors or a checkpoint of torchtitan or Megatron-LM.",
         ),
     ],
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a new run.")],
+    run: NewRun,
     image_codes: Annotated[
         int,
         typer.Option("--image-codes", min=0, help="Other models: ids to add for image tokens; 0: none."),

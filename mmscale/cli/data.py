@@ -15,7 +15,8 @@ from typing import Annotated, Any
 
 import typer
 
-from mmscale.cli.output import Json, Overrides, emit, pairs
+from mmscale.cli.arguments import Overrides
+from mmscale.cli.output import Json, emit, pairs
 from mmscale.errors import DataError, LaunchError, UsageError, shell_command
 from mmscale.wording import numbered
 

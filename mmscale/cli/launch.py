@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmscale.cli.output import Json, Overrides, console, emit, pairs
+from mmscale.cli.arguments import ConfigFile, Overrides
+from mmscale.cli.output import Json, console, emit, pairs
 from mmscale.cli.stage import FromScratch, OfStage, StageName
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def _asked(**settings: str | None) -> dict[str, str]:
 
 
 def launch(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file.")],
+    config: ConfigFile,
     overrides: Overrides = None,
     cluster: Annotated[
         str,

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmscale.cli.output import Json, Overrides, console, emit
+from mmscale.cli.arguments import Overrides
+from mmscale.cli.output import Json, console, emit
 from mmscale.errors import DataError, UsageError
 from mmscale.tables.gpus import DEFAULT, GPUS
 

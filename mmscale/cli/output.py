@@ -20,12 +20,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="KEY=VALUE", show_default=False, help="Settings that replace the file's, e.g. train.steps=100."
-    ),
-]
 
 
 def emit(result: Any, *, as_json: bool, text: Callable[[], None]) -> None:

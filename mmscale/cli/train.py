@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mmscale.cli import ranks
-from mmscale.cli.output import Json, Overrides, emit, pairs
+from mmscale.cli.arguments import ConfigFile, Overrides
+from mmscale.cli.output import Json, emit, pairs
 from mmscale.cli.stage import FromScratch, OfStage, StageName
 from mmscale.errors import TrainingError
 from mmscale.runtime.activity import ActivityReporter
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from mmscale.config import Config
     from mmscale.train.stages.table import Stage as StageEntry
 
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file.")]
 # Exit status of local ranks if layouts differ; their parent would report 1 as a crash.
 _DIFFERS = TrainingError.exit_status
 

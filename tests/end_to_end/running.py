@@ -19,6 +19,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from mmscale.checkpoint import integrity
 from mmscale.checkpoint.layout import INFO, Store, info_text
 from mmscale.runs.metrics import read_metrics
@@ -94,6 +96,30 @@ def ok(*arguments: str | Path, nproc: int = 1, timeout_s: float = 300.0) -> str:
 def losses(run: Path) -> dict[int, float]:
     """The training loss of every step of a run."""
     return {line["step"]: line["loss"] for line in read_metrics(run) if "loss" in line}
+
+
+def assert_goes_on_alike(
+    whole: Path, folder: Path, settings: Sequence[str | Path], *, at: int, change: str = ""
+) -> Path:
+    """Train to a step, go on to the end, and compare losses with those of a run that was not interrupted.
+
+    Args:
+        whole: the uninterrupted run.
+        folder: run.dir of the new one.
+        settings: arguments of `mmscale train` that `whole` had.
+        at: the step, of which a checkpoint is kept.
+        change: a setting of two ranks for the rest; losses are then equal to rounding. Empty: one rank and equal bits.
+
+    Returns:
+        The new run.
+    """
+    ok("train", *settings, f"run.dir={folder}", f"train.steps={at}")
+    ok("train", *settings, f"run.dir={folder}", *([change] if change else []), nproc=2 if change else 1)
+    wanted, found = losses(whole), losses(folder / whole.name)
+    assert found.keys() == wanted.keys()
+    for step, loss in wanted.items():
+        assert found[step] == (pytest.approx(loss, rel=1e-5) if change else loss), (change, step)
+    return folder / whole.name
 
 
 def fork_all(arguments: list[str], nproc: int, folder: Path) -> list[int]:

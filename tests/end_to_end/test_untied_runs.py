@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from checkpoints_tools.sources import open_source
-from tests.end_to_end.running import assert_says, losses, mmscale, ok
+from tests.end_to_end.running import assert_goes_on_alike, assert_says, mmscale, ok
 
 STEPS = 6
 MAIN = (
@@ -45,15 +45,9 @@ def held_out(run: str | Path) -> dict[str, Any]:
 @pytest.mark.long
 def test_a_stopped_run_resumes_with_the_same_losses(config: Path, runs: Path, tmp_path: Path) -> None:
     """Bit by bit on the same layout; to rounding on two tensor-parallel ranks."""
-    whole, settings = losses(runs / "mot"), (config, "run.name=mot", *MAIN, *MODELS["mot"])
-    for name, options, nproc in (("same", (), 1), ("tp2", ("parallel.tp=2",), 2)):
-        folder = tmp_path / name
-        ok("train", *settings, f"run.dir={folder}", f"train.steps={STEPS}")
-        ok("train", *settings, f"run.dir={folder}", *options, nproc=nproc)
-        resumed = losses(folder / "mot")
-        assert resumed.keys() == whole.keys()
-        for step, loss in whole.items():
-            assert resumed[step] == (loss if nproc == 1 else pytest.approx(loss, rel=1e-5)), (name, step)
+    settings = (config, "run.name=mot", *MAIN, *MODELS["mot"])
+    for change in ("", "parallel.tp=2"):
+        assert_goes_on_alike(runs / "mot", tmp_path / f"resumed {change}", settings, at=STEPS, change=change)
 
 
 @pytest.mark.long

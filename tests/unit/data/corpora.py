@@ -16,6 +16,9 @@ from mmscale.data.vocab import BOI, BOS, EOI, EOS, Vocabulary
 
 VOCABULARY = Vocabulary(("text", "image"), ((0, 100), (100, 132)))
 THREE = Vocabulary(("text", "image", "speech"), ((0, 100), (100, 132), (132, 150)))
+# Settings of tests that only read data: the ranges of VOCABULARY, and a model that is never built.
+VOCAB = {"modalities": [{"name": "text", "size": 100}, {"name": "image", "size": 32}], "pad_multiple": 4}
+SMALL_MODEL = {"kind": "dense", "num_layers": 1, "hidden_size": 8, "ffn_hidden_size": 8, "num_attention_heads": 1}
 IMAGE_TOKENS = 16
 _DIGITS = range(5, 55)  # text ids that spell a document's number
 

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -18,8 +17,8 @@ from launch import submit
 from launch.scheduler import JobState
 from mmscale.cli import main
 from mmscale.resilience import lease, run_lock
-from tests.unit.data.corpora import corpus, prepare
 from tests.unit.launch.fake_slurm import FakeSlurm
+from tests.unit.launch.launchable import write_launchable
 from tests.unit.resilience.test_run_lock import held
 
 # Who holds which folder of the run; SLURM says that job 7 runs, and does not know job 9.
@@ -47,18 +46,7 @@ STARTS: dict[str, tuple[list[str], dict[str, str]]] = {
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A configuration with its data, a profile, and a run that was launched here once."""
     folder = tmp_path_factory.mktemp("second")
-    prepare(folder / "set", corpus(40))
-    model = {"kind": "moma", "num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 64, "num_attention_heads": 2}
-    content: dict[str, Any] = {
-        "run": {"name": "tiny", "dir": str(folder / "runs")},
-        "vocab": {"modalities": [{"name": "text", "size": 100}, {"name": "image", "size": 32}]},
-        "data": {"path": str(folder / "set")},
-        "model": {**model, "seq_length": 128, "experts": {"counts": {"text": 2, "image": 2}}},
-        "train": {"micro_batch_size": 1, "global_batch_size": 8},
-    }
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(content))
-    profile = {"nodes": 1, "tasks_per_node": 1, "time": "30m", "signal_delay": "60s"}
-    (folder / "cluster.yaml").write_text(yaml.safe_dump(profile))
+    write_launchable(folder)
     (planned,) = submit.plan_launch(folder / "tiny.yaml", (), cluster="local")
     records.write_record(planned.record, planned.config)
     (folder / "runs/tiny/auxiliary").mkdir()

@@ -7,10 +7,8 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 
 from launch import job_environment, submit
 from launch.scheduler import JobState
@@ -18,8 +16,8 @@ from mmscale.cli import main
 from mmscale.resilience.run_lock import RunLock
 from mmscale.runs.events import EventLog
 from mmscale.train.log.metrics_log import MetricsLog
-from tests.unit.data.corpora import corpus, prepare
 from tests.unit.launch.fake_slurm import FakeSlurm
+from tests.unit.launch.launchable import write_launchable
 
 GROUP, SOMEBODY = 54321, 65534  # numbers that no user or group of this machine needs to have
 LOOKS = (["status", "RUN"], ["logs", "RUN"], ["logs", "RUN", "--job"], ["report", "RUN", "--no-png", "--out", "OUT"])
@@ -40,18 +38,7 @@ def folder() -> Iterator[Path]:
 
 def launched(folder: Path, share: str, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run that was launched with such a profile, and has trained a step."""
-    prepare(folder / "set", corpus(40))
-    model = {"kind": "moma", "num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 64, "num_attention_heads": 2}
-    content: dict[str, Any] = {
-        "run": {"name": "tiny", "dir": str(folder / "runs")},
-        "vocab": {"modalities": [{"name": "text", "size": 100}, {"name": "image", "size": 32}]},
-        "data": {"path": str(folder / "set")},
-        "model": {**model, "seq_length": 128, "experts": {"counts": {"text": 2, "image": 2}}},
-        "train": {"micro_batch_size": 1, "global_batch_size": 8},
-    }
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(content))
-    settings = {"nodes": 1, "tasks_per_node": 1, "time": "30m", "signal_delay": "60s", "share": share}
-    (folder / "cluster.yaml").write_text(yaml.safe_dump(settings | {"secrets": {"A_TOKEN": {"env": "A_TOKEN"}}}))
+    write_launchable(folder, share=share, secrets={"A_TOKEN": {"env": "A_TOKEN"}})
     monkeypatch.setenv("A_TOKEN", "hidden-4711")
     fake = FakeSlurm(folder / "bin", **{"7": JobState("7", "RUNNING")})
     fake.answer("sbatch", "umask > $(dirname $0)/umask; echo Submitted batch job 7")

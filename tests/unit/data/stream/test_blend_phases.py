@@ -26,7 +26,7 @@ from mmscale.data.stream.segments import Place, resume_stream
 from mmscale.data.vocab import Vocabulary
 from mmscale.errors import ConfigError
 from mmscale.train.data_place import find_place
-from tests.unit.data.corpora import corpus, prepare
+from tests.unit.data.corpora import SMALL_MODEL, VOCAB, corpus, prepare
 
 WEIGHTS = st.lists(st.sampled_from([0.0, 1.0, 2.0, 7.5]), min_size=3, max_size=3).filter(any)
 
@@ -79,20 +79,13 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config(folders: Path, weights: dict[str, Any], *, batch: int = 4, **train: Any) -> Any:
     return resolve(
         {
-            "vocab": {"modalities": [{"name": "text", "size": 100}, {"name": "image", "size": 32}], "pad_multiple": 4},
+            "vocab": VOCAB,
             "data": {
                 "blend": [{"path": str(folders / name), "weight": weight} for name, weight in weights.items()],
                 "deal_window": 8,
                 "cache": "/dev/null/none",
             },
-            "model": {
-                "kind": "dense",
-                "num_layers": 1,
-                "hidden_size": 8,
-                "ffn_hidden_size": 8,
-                "num_attention_heads": 1,
-                "seq_length": 160,
-            },
+            "model": SMALL_MODEL | {"seq_length": 160},
             "train": {"micro_batch_size": 2, "global_batch_size": batch, "steps": 40} | train,
         }
     )

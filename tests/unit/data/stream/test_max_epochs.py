@@ -32,7 +32,7 @@ from mmscale.data.vocab import Vocabulary
 from mmscale.errors import DataError
 from mmscale.tables.settings import DATA_ORDERS
 from mmscale.train.log.exposure import exposure, planned_sources
-from tests.unit.data.corpora import corpus, prepare
+from tests.unit.data.corpora import SMALL_MODEL, VOCAB, corpus, prepare
 
 SIZES = {"a": 90, "b": 40, "c": 17}
 BATCH = 4
@@ -129,17 +129,10 @@ def config(
     ]
     return resolve(
         {
-            "vocab": {"modalities": [{"name": "text", "size": 100}, {"name": "image", "size": 32}], "pad_multiple": 4},
+            "vocab": VOCAB,
             "data": {"blend": sources, "order": order, "deal_window": 8, "pack_window": 40, "cache": "/dev/null/none"}
             | data,
-            "model": {
-                "kind": "dense",
-                "num_layers": 1,
-                "hidden_size": 8,
-                "ffn_hidden_size": 8,
-                "num_attention_heads": 1,
-                "seq_length": 160,
-            },
+            "model": SMALL_MODEL | {"seq_length": 160},
             "train": {"micro_batch_size": 2, "global_batch_size": BATCH, "steps": 40},
         }
     )

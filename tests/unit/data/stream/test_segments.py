@@ -30,7 +30,7 @@ from mmscale.data.stream.sequences import StreamStart
 from mmscale.data.vocab import Vocabulary
 from mmscale.errors import DataError
 from mmscale.tables.settings import DATA_ORDERS
-from tests.unit.data.corpora import corpus, prepare
+from tests.unit.data.corpora import SMALL_MODEL, VOCAB, corpus, prepare
 
 SIZES = {"a": 150, "b": 70, "c": 23}
 GLOBAL = 8
@@ -57,7 +57,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config(folders: Path, blend: dict[str, float], **changes: Any) -> Config:
     settings: dict[str, Any] = {
-        "vocab": {"modalities": [{"name": "text", "size": 100}, {"name": "image", "size": 32}], "pad_multiple": 4},
+        "vocab": VOCAB,
         "data": {
             "blend": [{"path": str(folders / name), "weight": weight} for name, weight in blend.items()],
             "order": changes.pop("order", DATA["order"]),
@@ -67,14 +67,7 @@ def config(folders: Path, blend: dict[str, float], **changes: Any) -> Config:
             "document_multiple": changes.pop("document_multiple", 1),
             "cache": changes.pop("cache", "/dev/null/none"),  # which cannot be written: nothing waits for the disk
         },
-        "model": {
-            "kind": "dense",
-            "num_layers": 1,
-            "hidden_size": 8,
-            "ffn_hidden_size": 8,
-            "num_attention_heads": 1,
-            "seq_length": changes.pop("seq_length", 128),
-        },
+        "model": SMALL_MODEL | {"seq_length": changes.pop("seq_length", 128)},
         "train": {"micro_batch_size": changes.pop("micro_batch_size", 2), "global_batch_size": GLOBAL},
         "run": {"seed": changes.pop("seed", 1)},
     }

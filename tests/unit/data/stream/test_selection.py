@@ -28,7 +28,7 @@ from mmscale.errors import DataError
 from mmscale.tables.settings import DATA_ORDERS
 from mmscale.train.log.exposure import exposure
 from mmscale.train.log.progress_lines import count
-from tests.unit.data.corpora import corpus, prepare
+from tests.unit.data.corpora import SMALL_MODEL, VOCAB, corpus, prepare
 
 DOCUMENTS = 120
 ORDER: dict[str, str] = {}
@@ -72,7 +72,7 @@ def weigh(folder: Path, weights: Any, name: str = "select") -> None:
 def config(folder: Path, **data: Any) -> Any:
     return resolve(
         {
-            "vocab": {"modalities": [{"name": "text", "size": 100}, {"name": "image", "size": 32}], "pad_multiple": 4},
+            "vocab": VOCAB,
             "data": {
                 "blend": [{"path": str(folder)}],
                 "order": ORDER["name"],
@@ -81,14 +81,7 @@ def config(folder: Path, **data: Any) -> Any:
                 "cache": "/dev/null/none",
             }
             | data,
-            "model": {
-                "kind": "dense",
-                "num_layers": 1,
-                "hidden_size": 8,
-                "ffn_hidden_size": 8,
-                "num_attention_heads": 1,
-                "seq_length": 160,
-            },
+            "model": SMALL_MODEL | {"seq_length": 160},
             "train": {"micro_batch_size": 2, "global_batch_size": 4},
         }
     )

@@ -257,7 +257,7 @@ def _rejected(rejected: list[dict[str, Any]]) -> Table:
 
 def _cluster(load: dict[str, Any]) -> Table:
     place = f"{numbered(load['ranks'], 'rank')} on {numbered(load['nodes'], 'node')}"
-    table = _pairs(f"asked of file system and scheduler by {place}")
+    table = _pairs(f"load on file system and scheduler from {place}")
     table.add_row(
         "checkpoint",
         f"{load['checkpoint_files']:,} files, {short(load['checkpoint_bytes'])}B, the largest "
@@ -266,14 +266,14 @@ def _cluster(load: dict[str, Any]) -> Table:
     table.add_row(
         "start",
         f"{load['launch_files']} files of the launch, {load['log_files']:,} logs; {load['start_files_per_node']:,} "
-        f"files read by each node; {short(load['start_opens'])} opens, {short(load['start_looks'])} looks; "
+        f"files read by each node; {short(load['start_opens'])} opens, {short(load['start_looks'])} stat calls; "
         f"{load['scheduler_per_start']} requests to SLURM",
     )
     table.add_row("resume", f"{short(load['start_read_bytes'])}B read")
     table.add_row(
         "training",
-        f"{_fixed(load['metadata_per_s'])} looks at small files a second; {load['scheduler_per_hour']} requests to "
-        f"SLURM an hour, {load['scheduler_per_viewer_hour']} for each person who watches",
+        f"{_fixed(load['metadata_per_s'])} stat calls on small files a second; {load['scheduler_per_hour']} requests "
+        f"to SLURM an hour, {load['scheduler_per_viewer_hour']} for each person who watches",
     )
     return table
 

@@ -19,6 +19,7 @@ from mmscale.plan.layouts import Layout, evaluate, fullest, recompute_label, usa
 from mmscale.plan.memory import GIB, RankMemory
 from mmscale.plan.parameters import count_parameters
 from mmscale.tables.gpus import DEFAULT, GPUS, Gpu
+from mmscale.wording import numbered
 
 _CHUNKS = (2, 3, 4, 6)
 _MICRO_BATCHES = (1, 2, 4, 8, 16)
@@ -201,7 +202,7 @@ def _other_scope(candidate: Config, config: Config) -> tuple[str, ...]:
     size, own = candidate.train.micro_batch_size, config.train.micro_batch_size
     if not config.model.limits_experts or config.model.experts.scope == "sequence" or size == own:
         return ()
-    return (f"experts choose among {size} sequences, not {own}",)
+    return (f"experts choose among {numbered(size, 'sequence')}, not {own}",)
 
 
 def _example(config: Config, world: int) -> dict[str, Any]:

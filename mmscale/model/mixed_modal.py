@@ -23,6 +23,7 @@ from torch.distributed import ProcessGroup
 from mmscale.model.capacity import TokenCounts
 from mmscale.model.context import ContextSplit
 from mmscale.model.ragged import Pieces, begins_of, ends_of, padded_sequences, pieces_of
+from mmscale.model.step_sums import Loads
 from mmscale.tables.routings import Routing
 
 T = TypeVar("T")
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from mmscale.model.auxiliary import RouterLearning
     from mmscale.model.choices import Choices
     from mmscale.model.thresholds import Cutoffs
-    from mmscale.model.token_choice import Loads
 
 
 class MicroBatchSum:

@@ -1,9 +1,14 @@
-"""Sums over the micro-batches of a step, from which buffers of the model are updated after it."""
+"""Sums over the micro-batches of a step, from which buffers of the model are updated after it.
+
+Loads are those of token choice (token_choice.py); the cut-offs of thresholds are in thresholds.py.
+Shapes: S tokens of a sequence, B sequences of the micro-batch, E experts of a group.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 Key = tuple[int, str, int]  # layer, group of experts and micro-batch
@@ -60,3 +65,11 @@ class StepSums:
             return
         found, known = values(), self.sums.get(key[:2])
         self.sums[key[:2]] = (buffer, found if known is None else known[1] + found)
+
+
+class Loads(StepSums):
+    """Tokens that chose each expert in a step's micro-batches on this rank, dropped ones included: [E] fp64 by bias."""
+
+    def add(self, bias: Tensor, taken: Tensor, *, key: Key) -> None:
+        """Add the tokens of one choice, [S, B, E] bool, for a bias that is updated after the step."""
+        self.add_once(bias, key, lambda: taken.sum(dim=(0, 1), dtype=torch.float64))

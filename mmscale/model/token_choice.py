@@ -22,7 +22,6 @@ from mmscale.model.mixed_modal import MixedModalParams
 from mmscale.model.moma_settings import ExpertGroup, MoMaSettings
 from mmscale.model.routing import Selection, decided
 from mmscale.model.routing_figures import report_choice
-from mmscale.model.step_sums import Key, StepSums
 
 SCORES: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
@@ -78,14 +77,6 @@ def earliest(taken: Tensor, capacity: int, *, per_sequence: bool) -> Tensor:
         return taken & (taken.cumsum(dim=0) <= capacity)
     flat = taken.flatten(0, 1)
     return (flat & (flat.cumsum(dim=0) <= capacity)).view(taken.shape)
-
-
-class Loads(StepSums):
-    """Tokens that chose each expert in a step's micro-batches on this rank, dropped ones included: [E] fp64 by bias."""
-
-    def add(self, bias: Tensor, taken: Tensor, *, key: Key) -> None:
-        """Add the tokens of one choice, [S, B, E] bool, for a bias that is updated after the step."""
-        self.add_once(bias, key, lambda: taken.sum(dim=(0, 1), dtype=torch.float64))
 
 
 def balance(bias: Tensor, loads: Tensor, *, rate: float) -> None:

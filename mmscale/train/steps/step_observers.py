@@ -17,9 +17,9 @@ from torch import Tensor
 
 from mmscale.config import Config
 from mmscale.model.freezing import frozen_groups
-from mmscale.model.step_sums import StepSums
+from mmscale.model.step_sums import Loads, StepSums
 from mmscale.model.thresholds import Cutoffs, move
-from mmscale.model.token_choice import Loads, balance
+from mmscale.model.token_choice import balance
 from mmscale.train.steps.auxiliary_routers import AuxiliaryTrainer
 from mmscale.train.steps.batch import Batch
 from mmscale.train.steps.fp8_scales import DelayedScaling, RoundingSteps, scales_of

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from mmscale.model.auxiliary import RouterLearning, RouterRecord
-from mmscale.model.step_sums import FirstPass, Key
-from mmscale.model.token_choice import Loads
+from mmscale.model.step_sums import FirstPass, Key, Loads
 
 
 class Router(torch.nn.Module):

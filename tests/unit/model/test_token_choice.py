@@ -16,7 +16,8 @@ from torch import Tensor
 
 from mmscale.config import Config, ExpertsConfig, ModalityVocab
 from mmscale.model.mixed_modal import RoutingStats, means_over_layers
-from mmscale.model.token_choice import SCORES, Loads, balance, best_experts, earliest, gates
+from mmscale.model.step_sums import Loads
+from mmscale.model.token_choice import SCORES, balance, best_experts, earliest, gates
 from mmscale.tables.routings import Routing
 from tests.unit.model.comparison import assert_agrees, gradients, params_of, run_model
 from tests.unit.model.reference import (

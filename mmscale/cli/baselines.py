@@ -37,9 +37,10 @@ def baselines(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write baselines of equal FLOPs per token: dense, 1t1i, moe8x, 4t4i, mot, 4t4i_untied, mot_4t1i, tc_*; mod_*.
+    """Write configurations of equal FLOPs per token: dense, experts, untied, token choice, Mixture-of-Depths.
 
-    An existing file with other contents is not replaced.
+    Models: dense; 1t1i, moe8x, 4t4i (experts); mot, 4t4i_untied, mot_4t1i (untied weights); tc_* (token choice); mod_*
+    (Mixture-of-Depths). An existing file with other contents is not replaced.
     """
     from mmscale.config.load import load
     from mmscale.plan.siblings import TOLERANCE, siblings, text_of

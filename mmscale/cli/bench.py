@@ -17,7 +17,11 @@ import typer
 from mmscale.cli.output import Json, emit, pairs
 from mmscale.errors import UsageError
 
-app = typer.Typer(help="Measure throughput.", no_args_is_help=True)
+app = typer.Typer(
+    help="Measure speed, memory and numbers of parts of mmscale. Options are written --name value; an unknown one "
+    "lists those that a benchmark takes.",
+    no_args_is_help=True,
+)
 
 
 class _Benchmark(NamedTuple):
@@ -50,7 +54,8 @@ _BENCHMARKS = (
     ),
     _Benchmark(
         "checkpoint",
-        "Time saves, compared with megatron-core's and torch's own; loading, archive, memory. Options as --name value.",
+        "Time saves beside megatron-core's and torch's own, and loading, archives and snapshots in memory. Options as "
+        "--name value.",
         "--gigabytes 1 --nproc 2 --repeats 5",
     ),
     _Benchmark(
@@ -71,7 +76,8 @@ _BENCHMARKS = (
     ),
     _Benchmark(
         "fp8-stability",
-        "Train a toy in bf16 and emulated FP8 over learning rates and seeds; sharpness of the loss. Options as --name.",
+        "Train a toy model in bf16 and in emulated FP8 with several learning rates and seeds, and compare losses and "
+        "their sharpness. Options as --name value.",
         "--steps 200 --seeds 2 --lrs 4e-3,1.6e-2,6.4e-2",
         home="mmscale.bench.fp8_stability",
     ),
@@ -89,7 +95,7 @@ _BENCHMARKS = (
     _Benchmark(
         "routing",
         "Count tokens that no expert takes, by capacity rule, scope and ranking, with random routers. Options as "
-        "--name.",
+        "--name value.",
         "--micro-batch 4 --experts 4",
     ),
     _Benchmark(

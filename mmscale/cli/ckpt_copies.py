@@ -103,7 +103,7 @@ def average(
             "--ema",
             metavar="DECAY",
             show_default=False,
-            help="Exponential moving average from the first to the last one, instead of the mean.",
+            help="Decay of an exponential moving average from the first to the last one, instead of the mean.",
         ),
     ] = None,
     as_json: Json = False,

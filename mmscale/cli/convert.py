@@ -132,11 +132,13 @@ def from_hf(
     run: NewRun,
     image_codes: Annotated[
         int,
-        typer.Option("--image-codes", min=0, help="Other models: ids to add for image tokens; 0: none."),
+        typer.Option(
+            "--image-codes", min=0, help="Ids to add for image tokens to a model that is no export of mmscale; 0: none."
+        ),
     ] = 0,
     seq_length: Annotated[
         int | None,
-        typer.Option("--seq-length", min=1, show_default=False, help="Other models: tokens of a training sequence."),
+        typer.Option("--seq-length", min=1, show_default=False, help="Tokens of a training sequence of such a model."),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -167,7 +169,8 @@ def to_lm_eval(
         ),
     ] = None,
     batches: Annotated[
-        int | None, typer.Option("--batches", min=1, show_default=False, help="Stop after N batches.")
+        int | None,
+        typer.Option("--batches", min=1, show_default=False, help="Write the documents of the first N global batches."),
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -43,7 +43,10 @@ def prepare(
     documents: Annotated[
         list[str] | None,
         typer.Option(
-            "--documents", metavar="FILE", help="Documents as JSONL, parquet or .tar; globs; may be repeated."
+            "--documents",
+            metavar="FILE",
+            help="Document files (JSONL, parquet, .tar), a folder or a glob; may be repeated. Default: "
+            "data.prepare.documents.",
         ),
     ] = None,
     like: Annotated[
@@ -56,10 +59,16 @@ def prepare(
         ),
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an existing data set that was made from other documents.")
+        bool,
+        typer.Option(
+            "--overwrite", help="Replace an existing data set that was made from other documents or settings."
+        ),
     ] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first bad document.")] = False,
-    workers: Annotated[int | None, typer.Option("--workers", min=1, help="Processes.", show_default=False)] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option("--workers", min=1, help="Worker processes; default: data.prepare.workers.", show_default=False),
+    ] = None,
     tasks: Annotated[
         int | None,
         typer.Option(
@@ -91,7 +100,7 @@ def prepare(
     ] = 0,
     as_json: Json = False,
 ) -> None:
-    """Tokenize text and images into an indexed data set, in parallel. Run it again to resume."""
+    """Tokenize documents of text, images and other modalities into a data set, in parallel. Run it again to resume."""
     changes = list(overrides or [])
     if "=" in spec:  # without SPEC its place holds the first setting
         changes.insert(0, spec)
@@ -220,7 +229,7 @@ def inspect(
     neighbours: Annotated[
         int,
         typer.Option(
-            "--neighbours", metavar="K", min=0, help="Of the sample: K nearest training documents, before it."
+            "--neighbours", metavar="K", min=0, help="With --sample: decode its K nearest training documents before it."
         ),
     ] = 0,
     as_json: Json = False,

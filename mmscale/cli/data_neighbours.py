@@ -59,7 +59,9 @@ def retrieve(
     dimensions: Annotated[int, typer.Option("--dimensions", min=1, help="Dimensions of the SVD, per modality.")] = 64,
     seed: Annotated[int, typer.Option("--seed", min=0, max=(1 << 24) - 1, help="Seed of dropout and SVD.")] = 0,
     workers: Workers = 2,
-    remove: Annotated[bool, typer.Option("--remove", help="Forget the neighbours.")] = False,
+    remove: Annotated[
+        bool, typer.Option("--remove", help="Remove the neighbours, so that documents are read alone.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Find the training documents that are nearest to each training and held-out document.

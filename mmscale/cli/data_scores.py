@@ -34,7 +34,11 @@ def score(
     ],
     name: Annotated[
         str | None,
-        typer.Option("--name", show_default=False, help="Name of the score. Default: the word in --by, or the file's."),
+        typer.Option(
+            "--name",
+            show_default=False,
+            help="Name of the score. Default: the first word of --by, or the name of the file.",
+        ),
     ] = None,
     routing: Annotated[
         str | None,
@@ -171,7 +175,10 @@ def fit_classifier(
         ),
     ] = None,
     most: Annotated[
-        int, typer.Option("--documents", min=1, help="Documents of a class; a random sample if there are more.")
+        int,
+        typer.Option(
+            "--documents", min=1, help="Largest number of documents of a class; of more a random sample is read."
+        ),
     ] = 100_000,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the samples.")] = 0,
     as_json: Json = False,

@@ -249,7 +249,7 @@ def select(
     remove: Annotated[bool, typer.Option("--remove", help="Remove the weights that this command wrote.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Write how often an epoch reads each training document; `mmscale data dedup` stays in force."""
+    """Write how often an epoch reads each training document; weights of `mmscale data dedup` stay in force."""
     from mmscale.data.scoring import weigh
 
     if remove:

@@ -46,7 +46,10 @@ def evaluate(
         ),
     ] = None,
     batches: Annotated[
-        int | None, typer.Option("--batches", min=1, show_default=False, help="Stop after N batches.")
+        int | None,
+        typer.Option(
+            "--batches", min=1, show_default=False, help="Read the first N global batches of each held-out set."
+        ),
     ] = None,
     task: Annotated[
         list[str] | None,
@@ -74,7 +77,7 @@ def evaluate(
 ) -> None:
     """Print loss and perplexity of each modality on held-out data, and accuracy if the data has a task.
 
-    transformers computes an export, without network access and without the code in its folder.
+    An export is computed by transformers, without network access and without running the code in its folder.
     """
     folder, step = split_step(run)
     if routing is not None and routing not in tuple(Routing):

@@ -25,16 +25,20 @@ Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder; RUN/auxili
 Yes = Annotated[
     bool, typer.Option("--yes", help="Continue even if the objective or the data changed since the checkpoint.")
 ]
+_LIKEWISE = "default: that of the profile, for `resume` that of the last launch."
 Time = Annotated[
-    str | None, typer.Option("--time", metavar="LIMIT", show_default=False, help="Time limit; default: the profile's.")
+    str | None, typer.Option("--time", metavar="LIMIT", show_default=False, help=f"Time limit; {_LIKEWISE}")
 ]
 Partition = Annotated[
-    str | None, typer.Option("--partition", metavar="NAME", show_default=False, help="Default: the profile's.")
+    str | None, typer.Option("--partition", metavar="NAME", show_default=False, help=f"Partition of SLURM; {_LIKEWISE}")
 ]
 Account = Annotated[
-    str | None, typer.Option("--account", metavar="NAME", show_default=False, help="Default: the profile's.")
+    str | None, typer.Option("--account", metavar="NAME", show_default=False, help=f"Account of SLURM; {_LIKEWISE}")
 ]
-Qos = Annotated[str | None, typer.Option("--qos", metavar="NAME", show_default=False, help="Default: the profile's.")]
+Qos = Annotated[
+    str | None,
+    typer.Option("--qos", metavar="NAME", show_default=False, help=f"Quality of service of SLURM; {_LIKEWISE}"),
+]
 
 
 def _asked(**settings: str | None) -> dict[str, str]:
@@ -65,7 +69,12 @@ def launch(
     ] = False,
     after: Annotated[
         str | None,
-        typer.Option("--after", metavar="JOB|RUN", show_default=False, help="Start when that job has ended."),
+        typer.Option(
+            "--after",
+            metavar="JOB|RUN",
+            show_default=False,
+            help="Start when that job, or the job of that run, has ended.",
+        ),
     ] = None,
     sweep: Annotated[
         list[str] | None,
@@ -154,7 +163,9 @@ def resume(
     overrides: Overrides = None,
     cluster: Annotated[
         str | None,
-        typer.Option("--cluster", metavar="NAME", show_default=False, help="Default: the cluster of the last launch."),
+        typer.Option(
+            "--cluster", metavar="NAME", show_default=False, help="Cluster profile; default: that of the last launch."
+        ),
     ] = None,
     nodes: Annotated[
         int | None, typer.Option("--nodes", min=1, show_default=False, help="Default: the nodes of the last launch.")
@@ -186,7 +197,8 @@ def logs(
     run: Run,
     rank: Annotated[int, typer.Option("--rank", min=0, help="Rank whose output is printed.")] = 0,
     attempt: Annotated[
-        int | None, typer.Option("--attempt", min=1, show_default=False, help="Default: the newest.")
+        int | None,
+        typer.Option("--attempt", min=1, show_default=False, help="Attempt of the run; default: the newest."),
     ] = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Keep printing until the run ends.")] = False,
     job: Annotated[bool, typer.Option("--job", help="Print the job's own log instead of a rank's.")] = False,

@@ -114,7 +114,7 @@ def plan(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Compute parameters, FLOPs, memory and messages per rank and the load of the cluster; rank layouts by time.
+    """Compute parameters, FLOPs, memory and messages of each rank and the load on the cluster; sort layouts by time.
 
     With --data and without CONFIG it proposes a configuration for documents, a machine (this one, or --gpu and --gpus)
     and a time, with the rule behind each setting.

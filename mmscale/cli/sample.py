@@ -122,7 +122,12 @@ def sample(
         ),
     ] = None,
     temperature: Annotated[
-        float, typer.Option("--temperature", min=0.0, help="0: always the most likely token.")
+        float,
+        typer.Option(
+            "--temperature",
+            min=0.0,
+            help="Divides the logits before a token is drawn; 0: always the most likely token.",
+        ),
     ] = 0.8,
     top_k: Annotated[
         int, typer.Option("--top-k", min=0, help="Number of most likely tokens to sample from; 0: all.")
@@ -150,7 +155,13 @@ def sample(
         ),
     ] = None,
     cd_alpha: Annotated[
-        float | None, typer.Option("--cd-alpha", metavar="SHARE", show_default=f"{CD_ALPHA}", help="Of --cd-k.")
+        float | None,
+        typer.Option(
+            "--cd-alpha",
+            metavar="SHARE",
+            show_default=f"{CD_ALPHA}",
+            help="With --cd-k: smallest probability of a candidate, as a share of the K-th largest.",
+        ),
     ] = None,
     unconditional: Annotated[
         str,

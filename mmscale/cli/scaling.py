@@ -23,7 +23,9 @@ def fit(
     runs: Annotated[
         list[Path], typer.Argument(metavar="RUN", help="Run folders: of each modality alone, and of pairs.")
     ],
-    view: Annotated[str, typer.Option("--view", help=f"Loss at the last evaluation: {', '.join(_VIEWS)}.")] = "causal",
+    view: Annotated[
+        str, typer.Option("--view", help=f"Routing of the held-out losses: {', '.join(_VIEWS)} (batch routing).")
+    ] = "causal",
     parameters: Annotated[
         str,
         typer.Option("--parameters", help="Meaning of N: parameters that are active for an average token, or total."),
@@ -31,7 +33,10 @@ def fit(
     at: Annotated[
         str,
         typer.Option(
-            "--at", metavar="TOKENS", show_default=False, help="Tokens to predict the barrier at, e.g. 1e9,45.1e9."
+            "--at",
+            metavar="TOKENS",
+            show_default=False,
+            help="Numbers of tokens at which the competition barrier is predicted, e.g. 1e9,45.1e9.",
         ),
     ] = "",
     least_share: Annotated[

@@ -87,7 +87,15 @@ class TensorSource(Protocol):
         """Shape and type of a tensor."""
 
     def read(self, name: str, region: Region | None = None) -> Tensor:
-        """A tensor, or a box of it, on the host."""
+        """A tensor on the host.
+
+        Args:
+            name: of the tensor, as stored.
+            region: a slice of every dimension; None: all of it.
+
+        Raises:
+            CheckpointError: there is no such tensor, or it is damaged.
+        """
 
     def info(self) -> dict[str, Any]:
         """The metadata stored next to the tensors (mmscale.json): shape, configuration, provenance."""

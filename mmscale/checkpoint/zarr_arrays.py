@@ -92,6 +92,11 @@ def boxes(shape: Sequence[int], piece: Sequence[int]) -> Iterator[Box]:
 def write(folder: Path, tensor: Tensor, *, grid: Grid) -> None:
     """Write a tensor as an array, one shard after the other.
 
+    Args:
+        folder: of the array; replaced if it exists.
+        tensor: on the host, of any shape.
+        grid: sizes of shards and chunks.
+
     Raises:
         OSError: writing failed.
     """
@@ -116,7 +121,11 @@ def write(folder: Path, tensor: Tensor, *, grid: Grid) -> None:
 
 
 def read(folder: Path, box: Box | None = None) -> Tensor:
-    """A tensor, or a box of it.
+    """A tensor on the host, in the type it was written with.
+
+    Args:
+        folder: of the array.
+        box: a slice of every dimension; None: the whole tensor.
 
     Raises:
         ValueError: a chunk or the array's description is damaged; the text names the file.
@@ -172,7 +181,7 @@ def shard_files(metadata: dict[str, Any]) -> list[str]:
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray:
-    """The bits of a tensor on the host as integers of its width, without a copy."""
+    """The bits of a tensor on the host as integers of its width (bf16: 16 bits), in the same shape, without a copy."""
     bits: np.ndarray = tensor.view(_BITS[tensor.dtype.itemsize][0]).numpy()
     return bits
 

@@ -48,12 +48,12 @@ def parse_array(content: bytes) -> NDArray[Any]:
 
 
 def scattered(numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """One output of splitmix64 for each state: a one-to-one hash (Steele et al. 2014)."""
+    """One output of splitmix64 for each state, uint64 of the same shape: a one-to-one hash (Steele et al. 2014)."""
     return finalized(numbers + GOLDEN)
 
 
 def finalized(states: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Only the finalizer of splitmix64."""
+    """The finalizer of splitmix64 without its increment: one-to-one on uint64, the same shape; 0 stays 0."""
     mixed = (states ^ (states >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return mixed ^ (mixed >> np.uint64(31))

@@ -71,7 +71,7 @@ def document_sums(
 
 
 def cut_documents(documents: Sequence[NDArray[np.int64]], length: int) -> list[tuple[int, NDArray[np.int64]]]:
-    """Pieces of at most `length` tokens, each with the number of its document."""
+    """Pieces of at most `length` tokens, int64 [tokens], each with the number of its document."""
     return [(number, piece) for number, ids in enumerate(documents) for piece in _pieces(ids, length)]
 
 

@@ -44,7 +44,12 @@ class GuidanceSweep:
 
 
 def items_behind_prompts(ids: NDArray[np.int64], item: ItemRules) -> list[int]:
-    """Places of the begin tokens of complete items that have a prompt, i.e. tokens between them and `<s>`."""
+    """Places of the begin tokens of complete items that have a prompt, i.e. tokens between them and `<s>`.
+
+    Args:
+        ids: of a document [tokens].
+        item: begin and end token and grammar of the items.
+    """
     begun = np.flatnonzero(ids == item.opens).tolist()
     return [place for place in begun if place > 1 and _codes(ids, place, item) is not None]
 

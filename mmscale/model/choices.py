@@ -84,7 +84,17 @@ class Choices:
         return taken if kept is None else kept
 
     def depth(self, index: Tensor, length: int, *, micro_batch: int, place: Hashable) -> Tensor:
-        """The choice of a Mixture-of-Depths layer: positions [K, B], ascending, of S = `length`."""
+        """The choice of a Mixture-of-Depths layer, recorded or repeated.
+
+        Args:
+            index: positions [K, B] that this run chose, ascending.
+            length: S.
+            micro_batch: number of the micro-batch, the same under every layout.
+            place: identifies the layer within the micro-batch.
+
+        Returns:
+            Positions [K, B], ascending.
+        """
         taken = torch.zeros(length, index.shape[1], dtype=torch.bool, device=index.device).scatter_(0, index, True)
         kept = self._recorded(taken, micro_batch, place)
         if kept is None:

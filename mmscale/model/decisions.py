@@ -39,7 +39,7 @@ def above_cutoff(ranked: Tensor, cutoff: Tensor) -> Tensor:
 
 
 def best(scores: Tensor, threshold: Tensor) -> Tensor:
-    """The one expert with the highest score; thresholds are not used."""
+    """The one expert with the highest score: [..., E] -> bool [..., E]. Thresholds are not used."""
     return F.one_hot(scores.argmax(dim=-1), scores.shape[-1]).bool()
 
 

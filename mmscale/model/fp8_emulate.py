@@ -123,7 +123,7 @@ class Fp8Product(nn.Module):
             self.scales.name = name
 
     def forward(self, rows: Tensor, weight: Tensor) -> Tensor:
-        """Multiply.
+        """[L, M, K] x [L, K, N] -> [L, M, N] in the type of `rows`. The recipe rounds both factors; sums are fp32.
 
         Raises:
             ConfigError: a dimension is not a multiple of 16 (MXFP8: 32), as FP8 tensor cores require.
@@ -215,6 +215,12 @@ def _tensors(quantized: Quantized) -> tuple[Tensor, Tensor, Tensor | None]:
 
 def require_aligned(rows: int, inner: int, columns: int, *, multiple: int) -> None:
     """Refuse sizes that FP8 tensor cores do not support in one of a linear's three products.
+
+    Args:
+        rows: M, tokens.
+        inner: K, inputs.
+        columns: N, outputs.
+        multiple: that each must be a multiple of.
 
     Raises:
         ConfigError: one of them is not a multiple of `multiple`.

@@ -162,7 +162,13 @@ def mx_scale_of(amax: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def cast(tensor: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """FP8 codes of tensor * scale, saturated, rounded to nearest even. NaN stays NaN."""
+    """FP8 codes of tensor * scale, saturated, rounded to nearest even; the tensor's shape. NaN stays NaN.
+
+    Args:
+        tensor: of any shape.
+        scale: fp32, broadcast to the tensor.
+        dtype: FP8 format.
+    """
     limit = largest(dtype)
     return (tensor.float() * scale).clamp(-limit, limit).to(dtype)
 
@@ -195,7 +201,7 @@ def blocked(tensor: Tensor, blocks: Blocks) -> Tensor:
 
 
 def whole(blocked: Tensor, shape: torch.Size) -> Tensor:
-    """The inverse of `blocked`."""
+    """The inverse of `blocked`: [..., block rows, rows, block columns, columns] -> `shape`, without the padding."""
     *leading, down, rows, across, columns = blocked.shape
     return blocked.reshape(*leading, down * rows, across * columns)[..., : shape[-2], : shape[-1]]
 

@@ -46,7 +46,7 @@ class MicroBatchSum:
         self._newest, self._value = micro_batch, value
 
     def put(self, micro_batch: int, value: Tensor) -> None:
-        """Add the tensor of a micro-batch."""
+        """Add the tensor of a micro-batch, of the same shape each time."""
         if micro_batch < self._newest:
             return
         if micro_batch > self._newest:

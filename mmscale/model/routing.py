@@ -218,11 +218,14 @@ def noise_key(*, seed: int, micro_batch: int, layer: int) -> int:
 
 
 def gumbel_noise(shape: torch.Size, *, key: int, device: torch.device) -> Tensor:
-    """The difference G' - G'' of two Gumbel samples, which is Logistic(0, 1).
-
-    Depends on the key only, not on the layout.
+    """The difference G' - G'' of two Gumbel samples, which is Logistic(0, 1), fp32.
 
     Source: MoMa section 2.5, Gumbel-Sigmoid(x) = Sigmoid(x + G' - G'').
+
+    Args:
+        shape: of the result, [S, B, E] for the logits of a group.
+        key: the noise depends on it alone and not on the layout; see `noise_key`.
+        device: where it is drawn; devices of other kinds draw other numbers.
     """
     generator = torch.Generator(device=device)
     generator.manual_seed(key)

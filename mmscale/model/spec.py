@@ -257,7 +257,14 @@ def layer_spec(
 def block_spec(
     config: Config, transformer: TransformerConfig, groups: ProcessGroupCollection, *, vp_stage: int | None
 ) -> TransformerBlockSubmodules:
-    """The specs of the layers of this pipeline stage (and chunk); megatron-core does not slice a list of specs."""
+    """The specs of the layers of this pipeline stage (and chunk); megatron-core does not slice a list of specs.
+
+    Args:
+        config: the model's settings.
+        transformer: megatron-core's view of the model.
+        groups: process groups.
+        vp_stage: number of the chunk on this stage; None: stages are not divided into chunks.
+    """
     offset = get_transformer_layer_offset(transformer, vp_stage, groups.pp.rank())
     count = get_num_layers_to_build(transformer, vp_stage, groups.pp.rank())
     classes = parts(config, transformer)

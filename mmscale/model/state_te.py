@@ -45,7 +45,7 @@ def w1_of(weight: Tensor) -> Tensor:
 
 
 def weight_of_w1(w1: Tensor) -> Tensor:
-    """The inverse of `w1_of`."""
+    """[1, H, 2, F] -> [2 F, H], gate rows before up rows: the inverse of `w1_of`, a copy."""
     return w1.squeeze(0).permute(1, 2, 0).reshape(-1, w1.shape[1])
 
 
@@ -55,7 +55,7 @@ def w2_of(weight: Tensor) -> Tensor:
 
 
 def weight_of_w2(w2: Tensor) -> Tensor:
-    """The inverse of `w2_of`."""
+    """[1, F, H] -> [H, F]: the inverse of `w2_of`, a copy."""
     return w2.squeeze(0).t().contiguous()
 
 
@@ -143,7 +143,7 @@ class Scaling(NamedTuple):
 
     @classmethod
     def unpacked(cls, packed: Tensor, *, interleaved: bool) -> Scaling:
-        """The inverse of `packed`."""
+        """The inverse of `packed`: from [1 + A, G, 5] fp32, with the same `interleaved`."""
         found = []
         for part in packed.split((FORWARD, BACKWARD), dim=2):
             rows = (part if interleaved else part.transpose(1, 2)).reshape(packed.shape[0], -1)

@@ -54,7 +54,14 @@ def matrix_parameters(config: Config, parameters: Parameters) -> int:
 
 
 def muon_cost(config: Config, parameters: Parameters, *, stage: int, world: int) -> MuonCost:
-    """Costs on a pipeline stage. Work is assumed to be shared equally, but a matrix is never divided."""
+    """Costs on a pipeline stage. Work is assumed to be shared equally, but a matrix is never divided.
+
+    Args:
+        config: model, optimizer and layout.
+        parameters: of the model, from `count_parameters`.
+        stage: number of the pipeline stage.
+        world: number of ranks.
+    """
     if not orthogonalizes(config.optim):
         return MuonCost()
     tp, replicas = config.parallel.tp, dense_replicas(config, world)

@@ -31,7 +31,15 @@ class Proposal:
     passes: float = 0.0
 
     def put(self, setting: str, value: Any, reason: str, source: str, shown: str = "") -> None:
-        """Set a setting."""
+        """Set a setting and keep the rule behind it.
+
+        Args:
+            setting: dotted key.
+            value: of it.
+            reason: the rule, for the comment in the file.
+            source: where the rule is from.
+            shown: the value for people; default: `value`.
+        """
         *sections, name = setting.split(".")
         place = self.settings
         for section in sections:

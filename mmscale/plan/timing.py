@@ -121,7 +121,15 @@ def step_time(config: Config, world: int, gpu: Gpu, *, parameters: Parameters) -
 
 
 def mfu(config: Config, world: int, gpu: Gpu, *, seconds: float, flops: float) -> float:
-    """Model FLOP/s divided by the device's bf16 peak; `flops` of a token, forward and backward."""
+    """Model FLOP/s divided by the device's bf16 peak, a share.
+
+    Args:
+        config: tokens of a step.
+        world: number of ranks.
+        gpu: the device.
+        seconds: of a step.
+        flops: of a token, forward and backward.
+    """
     tokens = config.train.global_batch_size * config.model.seq_length
     return flops * tokens / (seconds * world * gpu.bf16)
 

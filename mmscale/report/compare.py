@@ -81,7 +81,7 @@ class Comparison:
         return views_of((self.baseline, *self.models))
 
     def find(self, model: str, view: View, part: str, measure: Measure, share: float | None) -> Speedup | None:
-        """One of the ratios."""
+        """The ratio of a model in a view and part of the loss at a share of the baseline's work; None: not known."""
         wanted = (model, view, part, measure, share)
         return next(
             (one for one in self.speedups if (one.model, one.view, one.part, one.measure, one.share) == wanted), None

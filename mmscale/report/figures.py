@@ -208,7 +208,7 @@ def _draw_line(axes: Axes, curve: Curve, *, colour: str, style: str, label: str)
 
 
 def running_mean(values: NDArray[np.float64], *, span: int) -> NDArray[np.float64]:
-    """Mean over `span` neighbours on each side, so that the curve does not lag behind; NaN is skipped."""
+    """Mean over `span` neighbours on each side, [n] -> [n], so that the curve does not lag behind; NaN is skipped."""
     known = np.isfinite(values)
     sums = np.concatenate(([0.0], np.cumsum(np.where(known, values, 0.0))))
     counts = np.concatenate(([0], np.cumsum(known)))

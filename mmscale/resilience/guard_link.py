@@ -91,7 +91,14 @@ class GuardLink:
             self._control.sendall(json.dumps({"order": order, **fields}).encode() + b"\n")
 
     def order_snapshot(self, *, serial: int, slot: int, step: int, length: int) -> None:
-        """Report that a slot has been written."""
+        """Tell the guard that a slot has been written, so that it hashes, exchanges parity and commits.
+
+        Args:
+            serial: number of the order, larger for each later one.
+            slot: which of the two.
+            step: optimizer steps done.
+            length: of the image [bytes].
+        """
         self._ordered, self._since = serial, time.monotonic()
         self.order("snapshot", serial=serial, slot=slot, step=step, length=length)
 

@@ -59,7 +59,14 @@ def chunk_bytes(lengths: Sequence[int]) -> int:
 
 
 def piece(*, member: int, stripe: int, length: int, chunk: int) -> slice:
-    """The slice of a member's image that belongs to another member's stripe; it may be short or empty."""
+    """The slice of a member's image that belongs to another member's stripe; it may be short or empty.
+
+    Args:
+        member: whose image it is.
+        stripe: number of the stripe, another one than `member`, which keeps the parity of that stripe.
+        length: of the image [bytes].
+        chunk: of the group, from `chunk_bytes`.
+    """
     assert member != stripe
     index = stripe if stripe < member else stripe - 1
     return slice(min(index * chunk, length), min((index + 1) * chunk, length))
@@ -119,7 +126,14 @@ def contribution(image: Bytes, parity: Bytes, lengths: Sequence[int], *, member:
 
 
 def rebuild(images: Sequence[Bytes], parities: Sequence[Bytes], lengths: Sequence[int], *, lost: int) -> Bytes:
-    """A lost member's image from all others' images and parities (its own entries are ignored)."""
+    """A lost member's image, uint8 [lengths[lost]], from those of all others.
+
+    Args:
+        images: of all members; the lost one's is ignored.
+        parities: of all members; likewise.
+        lengths: bytes of each member's image.
+        lost: the lost member.
+    """
     image = np.zeros(lengths[lost], np.uint8)
     for stripe in range(len(lengths)):
         if stripe == lost:

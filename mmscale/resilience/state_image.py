@@ -74,7 +74,7 @@ class ImagePlan:
         return f'{{"tensors": {self.table}, "plain": {json.dumps(plain)}}}'.encode()
 
     def views(self, buffer: Tensor) -> list[Tensor]:
-        """The places of all tensors in an image's bytes."""
+        """Views of all tensors, in the order of `shapes`, in the bytes of an image (uint8 [bytes])."""
         return [
             _view(buffer, offset, dtype, shape)
             for (_, dtype, shape), offset in zip(self.shapes, self.offsets, strict=True)

@@ -37,7 +37,13 @@ def listen(address: str) -> socket.socket:
 
 
 def connect(address: tuple[str, int], *, token: bytes, me: int, timeout_s: float) -> socket.socket:
-    """Connect to a guard as member `me`; each later send and receive may take `timeout_s`.
+    """Connect to a guard; both ends prove that they know the token.
+
+    Args:
+        address: host and port of the guard.
+        token: secret that all guards of the run know.
+        me: number of this member in its group.
+        timeout_s: limit of each later send and receive [seconds].
 
     Raises:
         RefusedError, OSError: there is no listener, or it is not a guard of this run.

@@ -109,7 +109,14 @@ def dry_run(config: Config, stepper: Steps, groups: ProcessGroupCollection, data
 
 
 def loader_of(config: Config, groups: ProcessGroupCollection, data: Mixture, *, consumed: int) -> BatchLoader:
-    """This rank's part of every global batch, starting at a number of consumed sequences."""
+    """This rank's part of every global batch.
+
+    Args:
+        config: sizes of batches, and workers.
+        groups: process groups, which decide the part.
+        data: the stream of the run.
+        consumed: sequences of the stream that were read before.
+    """
     own = part_of(groups)
     loader = BatchLoader(
         data,

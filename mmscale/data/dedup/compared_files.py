@@ -113,7 +113,7 @@ class Compared:
         self.facts, self.signatures, self._grey, self._colour = (_Column(blocks, name) for name in _COLUMNS)
 
     def hashes(self, documents: NDArray[np.int64]) -> PictureHashes:
-        """Hashes and thumbnails of the first picture of some documents."""
+        """Hashes and thumbnails of the first picture of each of these documents, in their order [n]."""
         return PictureHashes(self.facts.of(documents)["bits"], self._grey.of(documents), self._colour.of(documents))
 
     def add(self, number: int, content: DocumentContent, *, sign: Signer | None) -> list[PictureHash]:

@@ -74,7 +74,13 @@ class DuplicateRule:
         return found
 
     def keys(self, records: Compared, first: int, stop: int) -> NDArray[np.void]:
-        """Keys of some documents, sorted."""
+        """Keys of the documents first..stop-1, as rows of RUN [n], sorted; documents with a key in common are compared.
+
+        Args:
+            records: facts of all documents.
+            first: number of the first document.
+            stop: one past the last.
+        """
         facts = records.facts.between(first, stop)
         documents = np.arange(first, stop)
         found: list[tuple[Hashes, NDArray[np.int64]]] = []
@@ -125,7 +131,13 @@ def candidates(run: NDArray[np.void]) -> Iterator[NDArray[np.int64]]:
 
 
 def merged(runs: list[Path], low: int, high: int | None) -> NDArray[np.void]:
-    """Entries of all runs whose keys are from `low` up to `high`, sorted by key and document."""
+    """Entries of all runs with low <= key < high, as rows of RUN [n], sorted by key and document.
+
+    Args:
+        runs: files of sorted rows.
+        low: smallest key.
+        high: one past the largest key; None: no limit.
+    """
     found = []
     for file in runs:
         run = np.load(file, mmap_mode="r")

@@ -44,7 +44,7 @@ class PictureHashes:
     colour: NDArray[np.uint8]
 
     def take(self, numbers: NDArray[np.int64]) -> PictureHashes:
-        """The properties of some of the pictures."""
+        """The properties of the pictures with these numbers [m], in the given order."""
         return PictureHashes(self.bits[numbers], self.grey[numbers], self.colour[numbers])
 
 

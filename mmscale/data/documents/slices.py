@@ -83,7 +83,14 @@ class Format:
 
 
 def cut(file: File, total: int, slice_records: int, settings: ReadSettings) -> list[RecordRun]:
-    """Runs of equal length over a file of `total` records."""
+    """Runs of consecutive records over a file; the last one may be shorter.
+
+    Args:
+        file: of documents.
+        total: its number of records.
+        slice_records: records of a run.
+        settings: of the readers.
+    """
     starts = range(0, total, slice_records)
     return [RecordRun(file, first, min(slice_records, total - first), settings=settings) for first in starts]
 

@@ -247,7 +247,17 @@ def write_layer(
 
 
 def remove_layer(folder: Path, manifest: Manifest, parts: Sequence[Part], *, name: str, of: str) -> bool:
-    """Stop applying the weights of one command, whose file is kept; False: there are none.
+    """Stop applying the weights of one command; its file is kept, because a run may need it.
+
+    Args:
+        folder: the data set.
+        manifest: of it.
+        parts: of its training split.
+        name: of the command's layer, such as `dedup`.
+        of: identity of the training documents.
+
+    Returns:
+        Whether there were any.
 
     Raises:
         DataError: the selection is damaged.

@@ -37,7 +37,14 @@ def without_content(out: Path, source: dict[str, Any]) -> bool:
 
 
 def digests_of_set(out: Path, known: dict[str, str], files: Iterable[str], manifest: Manifest) -> dict[str, str]:
-    """Digests of all files that training, evaluation and decoding read, except the manifest."""
+    """Digests of all files that training, evaluation and decoding read, except the manifest.
+
+    Args:
+        out: folder of the data set.
+        known: digests of files that need not be read again, by path in the folder.
+        files: of the parts.
+        manifest: of the data set; names its tasks.
+    """
     others = [out / name for name in files if name not in known]
     others += [*(out / task.file for task in manifest.tasks), *out.glob(canaries.FILE)]
     for folder in tokenizer_folders():

@@ -74,7 +74,15 @@ class Share:
 
 
 def shares_of(setup: WorkSetup, jobs: Sequence[PartJob], *, source: str, number: int, workers: int) -> list[Share]:
-    """Divides the parts into `number` shares, every n-th part to each; empty without parts."""
+    """Divide the parts into shares, every n-th part to each; empty without parts.
+
+    Args:
+        setup: what every share needs to make parts.
+        jobs: the parts that are missing.
+        source: identifies the documents and settings.
+        number: of shares; fewer if there are fewer parts.
+        workers: processes of each share.
+    """
     return [Share(setup, tuple(jobs[first::number]), workers, source, first) for first in range(min(number, len(jobs)))]
 
 

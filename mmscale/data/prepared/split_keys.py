@@ -111,7 +111,7 @@ def document_keys(folder: Path, manifest: Manifest, split: str, *, tokens: int =
 
 
 def document_key(ids: NDArray[np.integer]) -> np.uint64:
-    """The same key for the ids of one document."""
+    """The key of one document as `document_keys` computes it, from its token ids [tokens]."""
     key: np.uint64 = _sums(scattered(ids.astype(np.uint64)), np.zeros(1, np.int64), _position_weights())[0]
     return key
 

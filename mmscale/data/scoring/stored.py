@@ -27,7 +27,7 @@ _QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 def columns(folder: Path, manifest: Manifest, parts: tuple[Part, ...]) -> dict[str, NDArray[np.float64]]:
-    """Tokens of each document, and those of each modality."""
+    """What expressions may use besides scores: `tokens` and `<modality>_tokens` of each document, float64 [n]."""
     table = np.concatenate([map_table(folder, part)[:, :-1] for part in parts]).astype(np.float64)
     own = {f"{name}_tokens": table[:, number] for number, name in enumerate(manifest.modalities)}
     return own | {"tokens": table.sum(axis=1)}
@@ -102,7 +102,12 @@ def write_scores(
 
 
 def read_scores(folder: Path, manifest: Manifest, parts: tuple[Part, ...]) -> dict[str, NDArray[np.float64]]:
-    """All scores that exist for these documents; NaN: the document has none.
+    """All scores that exist for these documents by name, float64 [n]; NaN: the document has none.
+
+    Args:
+        folder: the data set.
+        manifest: of it.
+        parts: of its training split; they have n documents.
 
     Raises:
         DataError: one is damaged, or of other documents.

@@ -48,7 +48,11 @@ class DocumentReader:
         self._choice = choice
 
     def rows(self, documents: NDArray[np.int64], epochs: NDArray[np.int64]) -> DocumentRows:
-        """Tokens and trained labels of some documents, each as it is read in an epoch.
+        """Tokens and trained labels of n documents, each as it is read in an epoch.
+
+        Args:
+            documents: their numbers in the source [n].
+            epochs: the epoch that each is read in [n].
 
         Raises:
             DataError: a table is missing or damaged.
@@ -71,7 +75,12 @@ class DocumentReader:
         return self.rows(documents, np.full(len(documents), epoch)).lengths
 
     def read(self, documents: NDArray[np.int64], epochs: NDArray[np.int64], *, vocabulary: Vocabulary) -> Documents:
-        """Some documents, each as it is read in an epoch.
+        """Tokens of n documents, each as it is read in an epoch.
+
+        Args:
+            documents: their numbers in the source [n].
+            epochs: the epoch that each is read in [n].
+            vocabulary: id ranges of the modalities.
 
         Raises:
             DataError: the data is damaged.

@@ -55,7 +55,15 @@ class Division:
         return max(1, self.chunks // max(1, self.order.block // self.order.chunk))
 
     def members(self, number: int, *, seed: int, position: int, epoch: int, shuffle: bool = True) -> NDArray[np.int64]:
-        """Documents of a block, ascending."""
+        """Numbers of the documents of a block, ascending, int64.
+
+        Args:
+            number: of the block.
+            seed: of the data order.
+            position: of the source in the blend.
+            epoch: which pass.
+            shuffle: whether chunks are permuted; otherwise blocks are consecutive documents.
+        """
         places = np.arange(self._first(number), self._first(number + 1))
         if shuffle:
             places = np.sort(self._shuffle(seed, position, epoch).at(places))
@@ -63,7 +71,7 @@ class Division:
         return found[found < self.documents]
 
     def position_after(self, number: int, *, seed: int, position: int, epoch: int) -> int:
-        """Number of documents in a block of a shuffled epoch and in all later blocks."""
+        """Number of documents in this block of a shuffled epoch and in all later blocks. Arguments as for `members`."""
         last = self.chunks - 1
         found = (self.chunks - self._first(number)) * self.order.chunk
         if self._shuffle(seed, position, epoch).place_of(np.array([last]))[0] >= self._first(number):

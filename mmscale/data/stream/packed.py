@@ -74,7 +74,13 @@ def pack_rows(
 
 
 def fill_rows(documents: Sequence[NDArray[np.int64]], *, seq_length: int, multiple: int = 1) -> list[list[int]]:
-    """Numbers of the documents of each row, in order, as many per row as fit when each is padded to a multiple."""
+    """Numbers of the documents of each row, in order: as many per row as fit.
+
+    Args:
+        documents: ids of each.
+        seq_length: tokens of a row; a longer document has a row of its own.
+        multiple: each document is padded to a multiple of this number of tokens.
+    """
     rows: list[list[int]] = [[]]
     left = seq_length
     for number, size in enumerate(padded_sizes(documents, multiple)):

@@ -105,7 +105,7 @@ class Packing:
         return np.diff(total[self.starts], axis=0)
 
     def take(self, sequences: NDArray[np.int64]) -> Packing:
-        """Some of the sequences, in the given order."""
+        """The sequences with these numbers [m], in the given order."""
         sizes = np.diff(self.starts)[sequences]
         starts = np.concatenate([[0], np.cumsum(sizes)])
         inside = np.arange(starts[-1]) - np.repeat(starts[:-1], sizes)
@@ -145,7 +145,7 @@ def check_lengths(
 
 
 def padded_lengths(lengths: NDArray[np.integer], multiple: int) -> NDArray[np.int64]:
-    """Tokens that documents occupy in a sequence if each is padded to a multiple of this."""
+    """Tokens that documents occupy in a sequence if each is padded to a multiple of this: [n] -> [n]."""
     return -(-lengths.astype(np.int64) // multiple) * multiple
 
 

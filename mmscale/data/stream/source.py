@@ -112,7 +112,7 @@ class Source:
         self.identity = f"{self._content}+{selection}" if selection else self._content
 
     def of_epoch(self, documents: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
-        """Some documents in their order, each as often as the epoch reads it."""
+        """Numbers of documents, in their order, each as often as the epoch reads it: int64 [n] -> [m]."""
         return documents if self.selection is None else self.selection.repeated(documents, epoch)
 
     @property
@@ -123,15 +123,23 @@ class Source:
     def composed(
         self, documents: NDArray[np.int64], *, epoch: int, seed: int, position: int, seq_length: int
     ) -> NDArray[np.int64]:
-        """Numbers of what an epoch reads for some documents: here the documents themselves."""
+        """Numbers of what an epoch reads for these documents, int64 [n] -> [n]: here the documents themselves.
+
+        A source with neighbours numbers composites, which depend on the other arguments.
+        """
         return documents
 
     def queries(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The documents for which `composed` returned these numbers."""
+        """The documents for which `composed` returned these numbers, int64 [n]."""
         return numbers
 
     def own_rows(self, numbers: NDArray[np.int64], rows: DocumentRows) -> DocumentRows:
-        """Rows of `queries(numbers)` without their neighbours; `rows`: those of `numbers`."""
+        """Rows of `queries(numbers)` without their neighbours.
+
+        Args:
+            numbers: as returned by `composed` [n].
+            rows: of `numbers`.
+        """
         return rows
 
     def __len__(self) -> int:
@@ -139,7 +147,10 @@ class Source:
         return int(self._ends[-1])
 
     def rows(self, documents: NDArray[np.integer]) -> DocumentRows:
-        """Lengths, modalities and loss masks of some documents.
+        """Lengths, modalities and loss masks of n documents, in the given order.
+
+        Args:
+            documents: numbers in the split [n].
 
         Raises:
             DataError: a table is missing or damaged.

@@ -82,7 +82,10 @@ class DocumentTable:
         return {**self.__dict__, "_maps": OrderedDict()}
 
     def rows(self, documents: NDArray[np.integer]) -> DocumentRows:
-        """Rows of some documents, in any order.
+        """Rows of n documents, in the given order.
+
+        Args:
+            documents: numbers in the split [n], in any order.
 
         Raises:
             DataError: a table is missing or damaged.

@@ -164,7 +164,15 @@ def read(state: Mapping[str, Tensor], moment: str, place: ShardPlace, begin: int
 
 
 def write(state: Mapping[str, Tensor], moment: str, place: ShardPlace, begin: int, values: Tensor) -> None:
-    """Store fp32 values from element `begin` on; the counterpart of `read`."""
+    """Store fp32 values in a shard's moment; the counterpart of `read`.
+
+    Args:
+        state: the optimizer's state of the shard.
+        moment: one of `MOMENTS`.
+        place: of the shard.
+        begin: first element; for FP8 moments, of the shard or of a group.
+        values: fp32 [n].
+    """
     stored = state[moment].view(-1)[begin : begin + values.numel()]
     if not place.in_groups:
         stored.copy_(values)

@@ -174,7 +174,11 @@ class Stepper:
         transformer.finalize_model_grads_func = finalize
 
     def accumulate(self, batches: Sequence[Batch]) -> Tensor:
-        """Zero the gradients, then forward and backward all micro-batches; gradients end up reduced and divided."""
+        """Zero the gradients, then forward and backward all micro-batches; gradients end up reduced and divided.
+
+        Returns:
+            Loss sums of this rank as `evaluate` returns them; they are not reduced.
+        """
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
@@ -202,7 +206,7 @@ class Stepper:
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> Tensor:
-        """Loss sums of this rank's micro-batches, without noise, dropout and gradients."""
+        """Loss sums of this rank's micro-batches, without noise, dropout and gradients; as `Steps.evaluate`."""
         for chunk in self.chunks:
             chunk.eval()
         return self._run(batches, forward_only=True)
@@ -330,7 +334,14 @@ def _hidden(model: torch.nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None
 
 
 def reduce_sums(sums: Tensor, groups: ProcessGroupCollection) -> Tensor:
-    """Loss sums of the whole batch on every rank: over data-parallel ranks, from the last pipeline stage."""
+    """Loss sums of the whole batch, fp64 on the host, the same on every rank.
+
+    They are added up over data- and context-parallel ranks; those of the last pipeline stage count.
+
+    Args:
+        sums: of this rank, as returned by `Steps.evaluate`.
+        groups: process groups; every rank calls it.
+    """
     total = sums.double()
     torch.distributed.all_reduce(total, group=groups.dp_cp)
     if groups.pp.size() > 1:
@@ -340,9 +351,12 @@ def reduce_sums(sums: Tensor, groups: ProcessGroupCollection) -> Tensor:
 
 
 def mean_losses(sums: Tensor, names: Sequence[str]) -> dict[str, float]:
-    """`loss`, `loss/<modality>`, `z_loss` and `conditional_loss/<pair>` from reduced loss sums.
+    """`loss`, `loss/<modality>`, `z_loss` and `conditional_loss/<pair>`, in nats per token, of what has labels.
 
-    What has no labels is left out.
+    Args:
+        sums: from `reduce_sums`: a row for each modality with the sum of losses and the number of labels, one with the
+            sum of z-losses, and one for each pair of modalities.
+        names: of the modalities.
     """
     losses, number = sums[: len(names)].t()
     values = {}

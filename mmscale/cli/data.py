@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mmscale.cli.arguments import Overrides
+from mmscale.cli.arguments import Overrides, Tasks
 from mmscale.cli.output import Json, emit, pairs
 from mmscale.errors import DataError, LaunchError, UsageError, shell_command
 from mmscale.wording import numbered
@@ -69,16 +69,7 @@ def prepare(
         int | None,
         typer.Option("--workers", min=1, help="Worker processes; default: data.prepare.workers.", show_default=False),
     ] = None,
-    tasks: Annotated[
-        int | None,
-        typer.Option(
-            "--tasks",
-            metavar="N",
-            min=1,
-            show_default=False,
-            help="Tasks that share the parts: of a job array on --cluster, or processes of this machine.",
-        ),
-    ] = None,
+    tasks: Tasks = None,
     cluster: Annotated[
         str | None,
         typer.Option(

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mmscale.cli.arguments import Tasks
 from mmscale.cli.output import Json, emit, pairs
 from mmscale.errors import DataError, LaunchError, UsageError, shell_command
 from mmscale.tables.minhash import MINHASHES
@@ -94,16 +95,7 @@ def dedup(
             "--workers", min=1, help="Processes, of each task. Default: 2; with local tasks 1.", show_default=False
         ),
     ] = None,
-    tasks: Annotated[
-        int | None,
-        typer.Option(
-            "--tasks",
-            metavar="N",
-            min=1,
-            show_default=False,
-            help="Tasks that share the work: of a job array on --cluster, or processes of this machine.",
-        ),
-    ] = None,
+    tasks: Tasks = None,
     cluster: Annotated[
         str | None,
         typer.Option(

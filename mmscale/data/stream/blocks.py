@@ -14,7 +14,6 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -119,14 +118,7 @@ class BlockStream(SequenceStream):
         super().__init__(source, packing, begin=begin)
         self._division = Division(len(source), order)
         self._packing = packing
-        self._settings: dict[str, Any] = {
-            "seq_length": packing.seq_length,
-            "window": packing.window,
-            "seed": packing.seed,
-            "source": packing.position,
-            "shuffle": packing.shuffle,
-            "multiple": packing.multiple,
-        }
+        self._settings = packing.arguments()
         left = [[epoch, zlib.crc32(np.ascontiguousarray(documents).data)] for epoch, documents in begin.leftovers]
         listing = [ORDER, source.identity, [order.block, order.chunk], self._settings, begin.epoch, left, begin.unread]
         listing.append(None if begin.rest is None else [begin.rest.seed, begin.rest.position, begin.rest.first])

@@ -50,15 +50,9 @@ class PackedStream(SequenceStream):
     def __init__(self, source: Source, packing: PackSettings, *, cache: Path, begin: StreamStart = START) -> None:
         check_lengths(source.lengths, seq_length=packing.seq_length, what=f"data: {source.folder} ({source.split})")
         super().__init__(source, packing, begin=begin)
-        self._settings: dict[str, Any] = {
-            "seq_length": packing.seq_length,
-            "window": packing.window,
-            "seed": packing.seed,
-            "source": packing.position,
-            "shuffle": packing.shuffle,
-        }
-        if packing.multiple > 1:  # otherwise the names of cached packings are those of earlier versions
-            self._settings["multiple"] = packing.multiple
+        self._settings = packing.arguments()
+        if packing.multiple == 1:  # the names of cached packings are those of earlier versions
+            del self._settings["multiple"]
         self._epochs = 1 if packing.once else max(1, _BLOCK_DOCUMENTS // len(source))  # epochs of a block
         listing: list[Any] = [ORDER, source.identity, self._epochs, self._settings]
         if packing.masking is not None:

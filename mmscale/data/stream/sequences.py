@@ -96,6 +96,17 @@ class PackSettings:
     multiple: int = 1
     masking: Masking | None = None
 
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of `pack_epoch` that are the same for every epoch; names of cached files depend on them."""
+        return {
+            "seq_length": self.seq_length,
+            "window": self.window,
+            "seed": self.seed,
+            "source": self.position,
+            "shuffle": self.shuffle,
+            "multiple": self.multiple,
+        }
+
     def reader(self, source: Source) -> DocumentReader:
         """Reads the source's documents as these settings want them."""
         if self.masking is None:

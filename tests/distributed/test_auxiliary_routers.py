@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
@@ -88,14 +89,19 @@ def take_step(stepper: RouterStepper, batches: Sequence[Batch], *, lr: float) ->
     return stepper.apply(stepper.compute(batches), lr=lr)
 
 
-def stage(made: Config) -> Seen:
-    """Some steps of the stage from the run's initial weights, calibration, and what the routers then decide."""
-    groups = process_groups.collection()
+def built(made: Config, groups: ProcessGroupCollection) -> tuple[list[Any], AuxiliaryTrainer, RouterStepper]:
+    """The model's chunks, the trainer of their routers and the steps of the stage."""
     transformer = transformer_config(made)
     models = build_chunks(made, groups, transformer=transformer)
     modules: Any = [Float16Module(transformer, m) if transformer.bf16 else m for m in models]
     trainer = AuxiliaryTrainer(made, transformer, modules, groups)
-    stepper = RouterStepper(Stepper(made, modules, None, groups), trainer)
+    return models, trainer, RouterStepper(Stepper(made, modules, None, groups), trainer)
+
+
+def stage(made: Config) -> Seen:
+    """Some steps of the stage from the run's initial weights, calibration, and what the routers then decide."""
+    groups = process_groups.collection()
+    models, _, stepper = built(made, groups)
     vocabulary = Vocabulary.from_config(made.vocab)
     losses, norms = [], []
     for step in range(STEPS):
@@ -225,11 +231,7 @@ def _resumed(made: Config, folder: Path, *, load: int | None, until: int) -> lis
         tp=parallel.tp, pp=parallel.pp, vpp=parallel.vpp, ep=parallel.ep, cp=parallel.cp, seed=made.run.seed
     )
     try:
-        transformer = transformer_config(made)
-        models = build_chunks(made, groups, transformer=transformer)
-        modules: Any = [Float16Module(transformer, m) if transformer.bf16 else m for m in models]
-        trainer = AuxiliaryTrainer(made, transformer, modules, groups)
-        stepper = RouterStepper(Stepper(made, modules, None, groups), trainer)
+        models, trainer, stepper = built(made, groups)
         vocabulary = Vocabulary.from_config(made.vocab)
         state = RouterState(models, trainer, metadata=metadata())
         checkpoints = CheckpointManager(folder, every=0, keep=9, attempt=1, info={}, on_event=lambda *_, **__: None)

@@ -8,30 +8,20 @@ from typing import Any
 
 import pytest
 
-from mmscale.checkpoint import publish, run_folder
+from mmscale.checkpoint import run_folder
 from mmscale.checkpoint.integrity import MANIFEST
 from mmscale.checkpoint.layout import Store
 from mmscale.checkpoint.mirror import downloads, worker
 from mmscale.checkpoint.mirror.remote import Remote
 from mmscale.errors import CheckpointError
-from mmscale.runtime import atomic_files, fail_points
+from mmscale.runtime import fail_points
 from tests.unit.checkpoint.failing_store import FailingStore
 from tests.unit.checkpoint.test_mirror import KilledError, bring, commit, fetched, kills, steps
 
+pytestmark = pytest.mark.usefixtures("no_waits")
+
 ERRORS = [PermissionError("403"), OSError("503 slow down"), TimeoutError("no answer"), ConnectionError("reset")]
 _BY_NAME = [pytest.param(error, id=type(error).__name__) for error in ERRORS]
-
-
-@pytest.fixture(autouse=True)
-def _no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (publish, atomic_files):
-        monkeypatch.setattr(module, "fsync", lambda path: None)
-    monkeypatch.setattr(downloads, "_FIRST_PAUSE_S", 0.001)
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store.of_run(tmp_path / "runs" / "one")
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from checkpoints_tools import mirrors
-from mmscale.checkpoint import integrity, publish
+from mmscale.checkpoint import integrity
 from mmscale.checkpoint.integrity import MANIFEST, CheckpointManifest
 from mmscale.checkpoint.layout import BEST, INFO, Store, info_text
 from mmscale.checkpoint.mirror import downloads
@@ -24,31 +24,15 @@ from mmscale.checkpoint.mirror.uploads import Uploaded, Uploader
 from mmscale.checkpoint.save_settings import Retention
 from mmscale.errors import CheckpointError
 from mmscale.runs.attempts import next_attempt
-from mmscale.runtime import atomic_files, fail_points
+from mmscale.runtime import fail_points
+
+pytestmark = pytest.mark.usefixtures("no_waits")
 
 FILES = {"__0_0.distcp": 70_000, "__1_0.distcp": 300_000, "random/0": 17, ".metadata": 0}
 
 
 class KilledError(BaseException):
     """Stands for a kill: nothing after it runs."""
-
-
-@pytest.fixture(autouse=True)
-def _no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A loaded disk takes seconds for it; kills here are of processes, not of machines."""
-    for module in (publish, atomic_files):
-        monkeypatch.setattr(module, "fsync", lambda path: None)
-    monkeypatch.setattr(downloads, "_FIRST_PAUSE_S", 0.001)
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store.of_run(tmp_path / "runs" / "one")
-
-
-@pytest.fixture
-def remote(tmp_path: Path) -> Remote:
-    return Remote(f"file://{tmp_path}/mirror/one")
 
 
 def commit(store: Store, step: int, *, attempt: int = 1, seed: int = 0, best: int | None = None) -> Path:

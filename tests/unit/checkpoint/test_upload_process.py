@@ -20,16 +20,6 @@ from mmscale.checkpoint.save_settings import Retention
 from tests.unit.checkpoint.test_mirror import bring, commit, steps
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store.of_run(tmp_path / "runs" / "one")
-
-
-@pytest.fixture
-def remote(tmp_path: Path) -> Remote:
-    return Remote(f"file://{tmp_path}/mirror/one")
-
-
 class Recorder:
     """Events and warnings of an uploading process."""
 

@@ -67,7 +67,8 @@ def choices() -> str:
     lines = ["# Choices", "", "This page lists the values that settings take by name, and the kinds of plug-ins."]
     for table in (*(one for one in vars(tables).values() if isinstance(one, Table)), ROUTINGS):
         keys = ", ".join(f"`{key}`" for key in table.settings)
-        lines += ["", f"## {table.title}", "", f"Values of {keys}.", "", "| name | meaning |", "| --- | --- |"]
+        lines += ["", f"## {table.title}", "", *([f"Values of {keys}.", ""] if keys else [])]
+        lines += ["| name | meaning |", "| --- | --- |"]
         lines += [f"| `{name}` | {_escaped(choice.meaning)} |" for name, choice in table.items()]
     lines += ["", f"## {PLUGINS.title}", "", "| kind | settings | what it decides | its factory gets | its methods |"]
     lines += ["| --- | --- | --- | --- | --- |"]

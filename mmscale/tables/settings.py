@@ -78,7 +78,7 @@ UNTIED: Table[Choice] = Table(
 
 
 FROZEN: Table[Choice] = Table(
-    "Parts of a modality's weights that can be frozen",
+    "Parts of a modality's weights that can be frozen (optim.freeze: MODALITY.PART)",
     (),
     {
         "attention": Choice(meaning="its untied projections of attention"),
@@ -338,7 +338,7 @@ IMAGE_SPANS: Table[Choice] = Table(
     "Spans of causal masking inside images",
     ("objective.image_spans",),
     {
-        "whole": Choice(meaning="an image is in no span, or all of it is one"),
+        "whole": Choice(meaning="an image as a whole is one span, or in none"),
         "none": Choice(meaning="only text is masked"),
         "partial": Choice(meaning="parts of an image are masked too, in the order of its tokens"),
     },

@@ -35,7 +35,7 @@ class TextTokenizerConfig(Section):
     kind_args: dict[Name, Any] = setting("Keyword arguments of a text tokenizer that is a plug-in.", {})
     load: str | None = setting(
         "Path of an existing tokenizer.json, of a .tiktoken file (texts are split as for cl100k_base), or of a .model "
-        "file of sentencepiece (BPE; extra `sentencepiece`); null: train a tokenizer on the documents.",
+        "file of sentencepiece (BPE or Unigram; extra `sentencepiece`); null: train a tokenizer on the documents.",
         None,
     )
 
@@ -274,7 +274,9 @@ class DataConfig(Section):
         1,
         unit="tokens",
     )
-    cache: str | None = setting("Folder of packing indices; default: .cache inside the data set.", None)
+    cache: str | None = setting(
+        "Folder of packing indices and of the counts of blocks; default: .cache inside the data set.", None
+    )
     verify: Literal["once", "node", "off"] = setting(
         "Whether a run reads the prepared files in the background at its start and compares their digests. once: each "
         "file is read by one node; node: every node reads all files, for data that each node has its own copy of; off: "

@@ -195,14 +195,22 @@ class ArchiveTensors:
         return self._manifest
 
     def common(self) -> dict[str, Any]:
-        """Counters and the optimizer's settings."""
+        """Counters and the optimizer's settings.
+
+        Raises:
+            CheckpointError: the file is missing or damaged.
+        """
         try:
             return dict(plain.decode(self._json(STATE)))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise damaged_archive(self.path, [f"{STATE}: {error}"]) from None
 
     def objects(self) -> dict[str, bytes]:
-        """Serialized objects by name, not opened."""
+        """Serialized objects of layers by name, as bytes that are not opened.
+
+        Raises:
+            CheckpointError: the file is missing or damaged.
+        """
         try:
             return {str(name): base64.b64decode(text, validate=True) for name, text in self._json(OBJECTS).items()}
         except (ValueError, TypeError, AttributeError) as error:

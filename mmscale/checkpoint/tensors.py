@@ -205,7 +205,11 @@ class CheckpointTensors:
         return self._manifest
 
     def common(self) -> dict[str, Any]:
-        """Counters and the optimizer's settings, through torch's restricted reader."""
+        """Counters and the optimizer's settings, through torch's restricted reader; empty: the checkpoint has none.
+
+        Raises:
+            CheckpointError: the file is damaged.
+        """
         if COMMON not in self._manifest.files:
             return {}
         with integrity.tolerating_deletion(self.path):

@@ -15,7 +15,11 @@ _SECONDS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86_400}
 
 
 def parse_number(value: Any) -> Any:
-    """A float for strings such as "3e-4" or "64k"; other values are returned unchanged for pydantic to check."""
+    """A float for strings such as "3e-4" or "64k"; other values are returned unchanged for pydantic to check.
+
+    Raises:
+        ValueError: it is true or false, which Python counts as numbers.
+    """
     if isinstance(value, bool):
         raise ValueError("true and false are not numbers")  # Python's bool is an int
     if not isinstance(value, str) or len(value) > _LONGEST:

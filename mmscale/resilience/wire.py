@@ -93,7 +93,11 @@ def send(connection: socket.socket, header: dict[str, Any], payload: memoryview)
 
 
 def receive(connection: socket.socket) -> dict[str, Any] | None:
-    """Wait without a timeout for the next frame's header; None at the end. Read the payload with `receive_into`."""
+    """Wait without a timeout for the next frame's header; None at the end. Read the payload with `receive_into`.
+
+    Raises:
+        RefusedError, OSError: the frame is malformed, or the connection broke.
+    """
     timeout_s = connection.gettimeout()
     connection.settimeout(None)
     first = connection.recv(1)

@@ -382,7 +382,15 @@ def _parse_loss(loss: Any) -> tuple[str, ...] | None:
 
 
 def clean(text: str, what: str) -> str:
-    """The text, after refusing half surrogate pairs: JSON may contain them, but tokenizers and UTF-8 files cannot."""
+    """The text, after refusing half surrogate pairs: JSON may contain them, but tokenizers and UTF-8 files cannot.
+
+    Args:
+        text: of a document.
+        what: names it in the message.
+
+    Raises:
+        BadDocumentError: it has one.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -188,7 +188,11 @@ class AudioModality:
 
     @staticmethod
     def load(folder: Path) -> AudioCodec:
-        """Read a tokenizer."""
+        """Read a tokenizer that `AudioCodec.save` wrote.
+
+        Raises:
+            ValueError: the folder has a tokenizer of another kind.
+        """
         held = json.loads((folder / _SETTINGS).read_text())  # noqa: TID251  the table has looked at it
         if held.pop("kind") != AudioCodec.kind:
             raise ValueError(f"{folder / _SETTINGS} is of another kind")
@@ -204,7 +208,16 @@ class AudioModality:
 
     @staticmethod
     def read_counted(source: Any, codec: AudioCodec, tally: dict[str, float]) -> NDArray[np.float32]:
-        """The same as `read`; counts recordings whose end is cut off, and the share that they lose."""
+        """As `read`; adds to a tally how many recordings are longer than an item, and the share that they lose.
+
+        Args:
+            source: as for `read`.
+            codec: gives the rate and the number of samples.
+            tally: counts by name, changed in place.
+
+        Raises:
+            ValueError: the recording cannot be read, or has samples that are not finite.
+        """
         if isinstance(source, np.ndarray):
             samples = source.astype(np.float64).reshape(-1)
         else:

@@ -224,7 +224,11 @@ class VQTokenizer:
         return self._digest
 
     def save(self, folder: Path) -> None:
-        """Write settings and model, so that the data set does not need the original folder."""
+        """Write settings and model, so that the data set does not need the original folder.
+
+        Raises:
+            DataError: the model could not be written.
+        """
         write_settings(folder, self._settings())
         try:
             with _quiet():

@@ -58,7 +58,16 @@ def _own() -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def claimed(out: Path, source: dict[str, Any], *, overwrite: bool) -> Iterator[None]:
-    """Lock the folder for this run, after checking that it may be written to."""
+    """Lock the folder of a data set, after checking that it may be written to; temporary files are removed at the end.
+
+    Args:
+        out: the folder; made if it is missing.
+        source: documents and settings of the data set.
+        overwrite: whether a data set of another source may be replaced.
+
+    Raises:
+        DataError: it is no folder, holds something else, is being prepared by another process, or has another source.
+    """
     if out.exists() and not out.is_dir():
         raise DataError(f"data: {out} is not a folder", remedy="choose another --out")
     foreign = _foreign(out)

@@ -22,7 +22,11 @@ _ENCODING = 1  # increase it when the same documents would get other ids
 
 
 def slices_of(settings: PrepareConfig) -> list[list[DocumentSlice]]:
-    """The input, cut into parts; small files share a part."""
+    """The input, cut into parts of at most `data.prepare.part_documents`; small files share a part.
+
+    Raises:
+        DataError: there are no files or no documents, or a file cannot be read.
+    """
     slices: Sequence[DocumentSlice]
     if (use := use_of(settings, "reader", key="data.prepare.reader")) is not None:
         slices = scan_with(

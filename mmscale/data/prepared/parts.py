@@ -98,7 +98,11 @@ class PartWriter:
         return self.folder / (self.prefix + suffix)
 
     def add(self, encoded: Encoded) -> None:
-        """Append a document."""
+        """Append a document to the part.
+
+        Raises:
+            DataError: one of its ids is outside of the vocabulary.
+        """
         if encoded.ids.min() < 0 or encoded.ids.max() >= self.vocabulary.size:
             raise DataError(
                 f"{encoded.document.where}: an id of {encoded.document.id!r} is outside 0..{self.vocabulary.size - 1}",

@@ -66,7 +66,8 @@ class Result:
 
     def named(self, config: Config) -> str:
         """`loss per text token, causal routing`; models without routing have no routing to name."""
-        return f"{self.where.measure}, {self.where.how}" if config.model.routes else self.where.measure
+        how = self.where.how(routed=config.model.routes)
+        return f"{self.where.measure}, {how}" if how else self.where.measure
 
     def for_hub(self, config: Config, *, task_type: str) -> EvalResult:
         """The entry in the card's model-index. The Hub groups results of one type and split as one data set."""

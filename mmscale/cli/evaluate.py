@@ -190,13 +190,15 @@ def _evaluation(result: dict[str, Any]) -> None:
     from mmscale.runs.silent_routers import silent_routers
 
     table = Table(box=None, pad_edge=False)
-    for column in ("measured", "value", "routing"):
+    routed = _routed(result)
+    for column in ("measured", "value", *(["routing"] if routed else [])):
         table.add_column(column, justify="right" if column == "value" else "left")
+    how = [result["routing"]] if routed else []
     tasks = result.get("tasks", {})
     for key, value in result.items():
         if isinstance(value, float):
             found = tasks.get(key.replace("accuracy/", "", 1)) if "accuracy/" in key else None
-            table.add_row(_shown(key), f"{value:.4f}" if found is None else _share_right(found), result["routing"])
+            table.add_row(_shown(key), f"{value:.4f}" if found is None else _share_right(found), *how)
     for key, value in result.get("batch", {}).items():
         table.add_row(_shown(key), f"{value:.4f}", "batch")
     for key, value in result.get("gap", {}).items():
@@ -220,6 +222,13 @@ def _evaluation(result: dict[str, Any]) -> None:
         shown.print(note, markup=False)
     if result.get("sees_later_tokens") or "batch" in result:
         shown.print("routing batch: experts choose among all tokens of the batch, so these numbers use the future.")
+
+
+def _routed(result: dict[str, Any]) -> bool:
+    """Whether the numbers depend on a routing mode: not if nothing in the model chooses among tokens."""
+    if result["routing"] == "none":  # an export
+        return False
+    return result.get("sees_later_tokens", True) or "batch" in result  # a run
 
 
 def _other_questions(result: dict[str, Any]) -> Iterator[str]:

@@ -74,7 +74,7 @@ def accuracy_charts(
         for run, history in enumerate(histories):
             prefix = "" if len(names) == 1 else f"{names[run]}, "
             lines += [
-                Line(run, key, f"{prefix}{one.how}", run, points=True, mark=mark_of(one))
+                Line(run, key, _label(prefix, one, history), run, points=True, mark=mark_of(one))
                 for key, one in measured.items()
                 if key in history.columns and one and one.figure == figure and not one.name
             ]
@@ -83,6 +83,12 @@ def accuracy_charts(
         title, levels = f"Accuracy: {task}", _levels(names, [one.get(task, ()) for one in guessing])
         charts.append(Chart(f"accuracy_{task}", "Loss", title, note=note, zero=True, lines=tuple(lines), levels=levels))
     return charts
+
+
+def _label(prefix: str, measured: HeldOut, history: History) -> str:
+    """The run and the routing mode; `held out` if there is neither to name."""
+    how = measured.how(routed=history.routes)
+    return f"{prefix}{how}" if how else prefix.removesuffix(", ") or "held out"
 
 
 def _levels(names: Sequence[str], guessing: Sequence[Sequence[Guessing]]) -> tuple[Level, ...]:

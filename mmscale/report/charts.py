@@ -15,11 +15,9 @@ from mmscale.report.accuracy_charts import Guessing, accuracy_charts
 from mmscale.report.chart import SHAPES, Chart, Line, mark_of
 from mmscale.report.figure_titles import title_of
 from mmscale.report.history import History
-from mmscale.runs.held_out import AUXILIARY, EVAL, HeldOut, words_of
+from mmscale.runs.held_out import AUXILIARY, EVAL, HeldOut, with_how, words_of
 from mmscale.tables.routings import CAUSAL_ROUTINGS
 
-# Expert choice among the tokens of a batch uses later tokens, which every label must say.
-HELD_OUT = "held out (batch routing)"
 _ELSEWHERE = (
     "attempt",
     "rollback",
@@ -120,20 +118,29 @@ class _Builder:
             if (one := HeldOut.of(key)) and one.figure == figure
         ]
         sets = list(dict.fromkeys(one.name for _, one in measured))
-        kinds = list(dict.fromkeys(one.where for _, one in measured))
+        kinds = list(dict.fromkeys(one for _, one in measured))
         alone = len(self.names) == 1
         return [
             Line(
                 run,
                 one.key,
-                one.where if alone else f"{self.names[run]}, {one.where}",
+                self._where(run, one) if alone else f"{self.names[run]}, {self._where(run, one)}",
                 sets.index(one.name) if alone else run,
                 points=True,
-                mark=mark_of(one) if alone or len(sets) == 1 else kinds.index(one.where),
+                mark=mark_of(one) if alone or len(sets) == 1 else kinds.index(one),
                 best=True,
             )
             for run, one in measured
         ]
+
+    def _where(self, run: int, measured: HeldOut) -> str:
+        """The data and the routing mode of a run's held-out value. Labels say if it uses later tokens."""
+        return measured.where(routed=self.histories[run].routes)
+
+    @property
+    def _by_routing(self) -> str:
+        """For notes: what distinguishes held-out lines of one set."""
+        return ", by how experts were chosen" if any(history.routes for history in self.histories) else ""
 
     def _validation(self) -> list[Chart]:
         measured = {key: HeldOut.of(key) for history in self.histories for key in history.columns}
@@ -149,11 +156,13 @@ class _Builder:
                         continue
                     colour = self._colour(modality, 0) if len(self.histories) == 1 else run
                     prefix = "" if len(self.histories) == 1 else f"{self.names[run]}: "
-                    label = f"{prefix}{modality or 'loss'} ({one.how})"
+                    how = one.how(routed=self.histories[run].routes)
+                    label = with_how(f"{prefix}{modality or 'loss'}", how)
                     line = Line(run, one.key, label, colour, points=True, mark=mark_of(one), best=True)
                     lines.setdefault(modality, []).append(line)
             what = "Held-out documents of one source" if name.startswith(SOURCE) else "A data set of its own"
-            note = f"{what} (data.{'blend' if name.startswith(SOURCE) else 'validation'}), by how experts were chosen."
+            setting = "data.blend" if name.startswith(SOURCE) else "data.validation"
+            note = f"{what} ({setting}){self._by_routing}."
             words = words_of(name)
             title = f"{words[0].upper()}{words[1:]}: loss per "
             chart = Chart(words.replace(" ", "_", 1), "Loss", f"{title}token", "nats", note)
@@ -167,7 +176,7 @@ class _Builder:
         return charts
 
     def _main_losses(self) -> list[Chart]:
-        note = "Training batches, and the held-out split by how experts were chosen."
+        note = f"Training batches, and the held-out split{self._by_routing}."
         if not self.modalities:
             lines = self._losses_of("loss", "loss", 0)
             return [Chart("loss", "Loss", "Loss per token", "nats", note, wide=True, lines=lines)]
@@ -194,7 +203,7 @@ class _Builder:
             if key in history.columns:
                 lines.append(Line(run, key, prefix, own))
             lines += [
-                Line(run, one.key, f"{prefix}, {one.where}", own, points=True, mark=mark_of(one), best=True)
+                Line(run, one.key, f"{prefix}, {self._where(run, one)}", own, points=True, mark=mark_of(one), best=True)
                 for one in held_out
                 if one.key in history.columns
             ]

@@ -46,6 +46,7 @@ def results(
     since: Callable[[str], int] = lambda _: 0,
     parts: HeldOutParts | None = None,
     whole: bool = False,
+    routed: bool | None = None,
 ) -> dict[str, str]:
     """Results of a run, as text by row name; values that were not measured are omitted.
 
@@ -56,9 +57,11 @@ def results(
         since: returns the step after which the held-out losses of a column are comparable with each other.
         parts: of held-out sets that the run read; None: unknown.
         whole: also name sets that were read completely, because another run read a part.
+        routed: whether rows name the routing mode; None: if the run's model routes.
     """
     facts: dict[str, str] = {}
     parts = parts or HeldOutParts()
+    routed = history.routes if routed is None else routed
     if len(history):
         facts["last step"] = _last_step(history, events)
     chances = {f"{ACCURACY}{name}": spans[-1].value for name, spans in guessing_of(events).items()}
@@ -68,8 +71,10 @@ def results(
             measured, shown = HeldOut.of(key), f"{value:.4f}"
             if measured and not measured.name and (chance := chances.get(measured.figure)) is not None:
                 shown = f"{value:.1%}, guessing {chance:.1%}"
-            facts[_name(key)] = f"{shown}{_at_step(history, key)}{parts.words(history, key, whole=whole)}"
-    facts |= _best(history, since=since, parts=parts, whole=whole)
+            facts[_name(key, routed=routed)] = (
+                f"{shown}{_at_step(history, key)}{parts.words(history, key, whole=whole)}"
+            )
+    facts |= _best(history, since=since, parts=parts, whole=whole, routed=routed)
     for key, name, form in (
         ("tokens", "tokens", "{:,.0f}"),
         ("flops", "model FLOPs", "{:.3e}"),
@@ -96,7 +101,9 @@ def results(
     return facts | {EVENT_WORDS.get(name, in_words(name)): f"{number:,}" for name, number in sorted(unusual.items())}
 
 
-def _best(history: History, *, since: Callable[[str], int], parts: HeldOutParts, whole: bool) -> dict[str, str]:
+def _best(
+    history: History, *, since: Callable[[str], int], parts: HeldOutParts, whole: bool, routed: bool
+) -> dict[str, str]:
     """The lowest held-out losses over all modalities, and the steps of their measurement."""
     found = {}
     for key in history.columns:
@@ -109,7 +116,9 @@ def _best(history: History, *, since: Callable[[str], int], parts: HeldOutParts,
             place = int(np.nanargmin(values))
             row = int(np.searchsorted(history.steps, steps[place]))
             part = parts.words(history, key, row=row, whole=whole)
-            found[f"best loss, {measured.where}"] = f"{values[place]:.4f} at step {int(steps[place]):,}{part}"
+            found[f"best loss, {measured.where(routed=routed)}"] = (
+                f"{values[place]:.4f} at step {int(steps[place]):,}{part}"
+            )
     return found
 
 
@@ -161,7 +170,7 @@ def _kind(history: History, key: str, measured: HeldOut, parts: HeldOutParts) ->
     """The data and the routing of a held-out value, its step if that is an older one, and the part of the set."""
     step = int(history.measured(key)[0][-1])
     older = "" if step == int(history.steps[-1]) else f", step {step:,}"
-    return f"{measured.where}{older}{parts.words(history, key)}"
+    return f"{measured.where(routed=history.routes)}{older}{parts.words(history, key)}"
 
 
 def _last_step(history: History, events: Sequence[Event]) -> str:
@@ -187,9 +196,11 @@ def _older(history: History, step: int) -> str:
     return "" if step == int(history.steps[-1]) else f", at step {step:,}"
 
 
-def _name(key: str) -> str:
+def _name(key: str, *, routed: bool) -> str:
     measured = HeldOut.of(key)
-    return f"{HeldOut(key).measure}, training" if measured is None else f"{measured.measure}, {measured.where}"
+    if measured is None:
+        return f"{HeldOut(key).measure}, training"
+    return f"{measured.measure}, {measured.where(routed=routed)}"
 
 
 def settings(run: Path, *, attempt: int | None = None) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from mmscale.errors import UsageError
 from mmscale.report.breaks import Cut, cuts_of, steps_of
-from mmscale.report.charts import HELD_OUT, modalities_of
+from mmscale.report.charts import modalities_of
 from mmscale.report.downsample import Curve, Downsampler
 from mmscale.report.figure_style import (
     COLOURS,
@@ -33,7 +33,7 @@ from mmscale.report.figure_style import (
 from mmscale.report.held_out_parts import HeldOutParts
 from mmscale.report.history import History, read
 from mmscale.runs.events import read_events
-from mmscale.runs.held_out import EVAL
+from mmscale.runs.held_out import EVAL, HeldOut
 from mmscale.runs.metrics import METRICS
 
 if TYPE_CHECKING:
@@ -142,12 +142,13 @@ def _draw_losses(axes: Axes, runs: Mapping[str, _Run]) -> None:
                 _draw_line(axes, curve, colour=colour, style=_STYLES[number % len(_STYLES)], label=f"{prefix}{name}")
             if held is not None:
                 part = run.parts.words_over_time(run.history, f"{EVAL}{key}", whole=whole)
+                where = HeldOut(key).where(routed=run.history.routes)
                 axes.plot(
                     held.at[_STEP],
                     held.mean,
                     linestyle="none",
                     color=colour,
-                    label=f"{prefix}{name}, {HELD_OUT}{part}",
+                    label=f"{prefix}{name}, {where}{part}",
                     zorder=3,
                     marker=MARKS[number % len(MARKS)],
                     markersize=6.5,

@@ -24,6 +24,7 @@ from mmscale import bounded
 from mmscale.runs.held_out import EVAL
 from mmscale.runs.json_lines import is_count
 from mmscale.runs.metrics import METRICS
+from mmscale.runs.routes import routes
 from mmscale.train.stages.stage_report import report_in, report_of
 
 Floats = NDArray[np.float64]
@@ -58,12 +59,14 @@ class History:
         columns: [R] by key; NaN if the key was not measured, infinite if the value was not finite.
         lines: the lines as written, before steps were merged.
         torn: number of lines that are not a JSON object with a step.
+        routes: whether the run's model routes; if not, its figures have no routing mode.
     """
 
     steps: Floats
     columns: dict[str, Floats]
     lines: Lines
     torn: int = 0
+    routes: bool = True
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -99,7 +102,7 @@ def read(run: Path, *, part: int = _PART) -> History:
         run: the folder.
         part: bytes that a process reads of a long file.
     """
-    history = _read_lines(run / METRICS, part=part)
+    history = replace(_read_lines(run / METRICS, part=part), routes=routes(run))
     if (own := report_in(run)) is not None:  # the folder of the stage itself
         return _with(history, own.step, {where.key: value for where, value in own.losses.items()})
     if (found := report_of(run)) is not None:

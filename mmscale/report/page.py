@@ -257,6 +257,7 @@ def _notes(runs: Sequence[Run]) -> str:
 
 def _overview(runs: Sequence[Run]) -> list[str]:
     whole = len(runs) > 1 and any(run.parts.partial(run.history) for run in runs)
+    routed = any(run.history.routes for run in runs)  # a row is of all runs, as in `compare`
     found = {
         run.name: facts.results(
             run.history,
@@ -265,6 +266,7 @@ def _overview(runs: Sequence[Run]) -> list[str]:
             since=functools.partial(_comparable_since, run),
             parts=run.parts,
             whole=whole,
+            routed=routed,
         )
         for run in runs
     }

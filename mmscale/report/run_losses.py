@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from mmscale.config import Config
 from mmscale.config.derived import tokens_per_step
-from mmscale.config.load import digest, load
+from mmscale.config.load import digest
 from mmscale.data.prepared.manifest import read_manifest
 from mmscale.errors import ConfigError, DataError, UsageError
 from mmscale.plan.compute import flops_per_token
@@ -30,6 +30,7 @@ from mmscale.runs.events import read_events
 from mmscale.runs.extents import Extent
 from mmscale.runs.held_out import EVAL
 from mmscale.runs.metrics import METRICS
+from mmscale.runs.routes import recorded_config
 from mmscale.tables.routings import CAUSAL_ROUTINGS
 
 View = Literal["training", "held_out", "causal"]
@@ -199,7 +200,7 @@ def _configurations(folder: Path, history: History) -> dict[int | None, Config]:
     attempts = np.unique(history.of("attempt")).tolist()
     numbers = [int(attempt) if np.isfinite(attempt) else None for attempt in attempts] or [None]
     files = {number: settings_file(folder, number) for number in numbers}
-    loaded = {file: load(file, recorded=True) for file in set(files.values())}
+    loaded = {file: recorded_config(file) for file in set(files.values())}
     return {number: loaded[file] for number, file in files.items()}
 
 

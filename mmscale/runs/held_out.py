@@ -48,15 +48,23 @@ class HeldOut:
         routing = f"{self.routing}/" if self.routing in CAUSAL_ROUTINGS else ""
         return f"{EVAL}{prefix_of(self.name)}{stage}{routing}{self.figure}"
 
-    @property
-    def how(self) -> str:
-        """The routing mode in words."""
+    def how(self, *, routed: bool) -> str:
+        """The routing mode in words.
+
+        Args:
+            routed: whether the model routes (`model.routes`); if not, there is no mode to name: "".
+        """
+        if not routed and self.routing == "batch":
+            return ""
         return f"{self.routing} routing{f', {self.stage} stage' if self.stage else ''}"
 
-    @property
-    def where(self) -> str:
-        """The data and the routing mode, in words."""
-        return f"{words_of(self.name) or 'held out'} ({self.how})"
+    def where(self, *, routed: bool) -> str:
+        """The data and the routing mode, in words: `held out (causal routing)`, `held out`.
+
+        Args:
+            routed: as for `how`.
+        """
+        return with_how(words_of(self.name) or "held out", self.how(routed=routed))
 
     @property
     def measure(self) -> str:
@@ -92,6 +100,11 @@ def prefix_of(name: str) -> str:
     if not name:
         return ""
     return f"{name}/" if name.startswith(SOURCE) else f"{VALIDATION}{name}/"
+
+
+def with_how(label: str, how: str) -> str:
+    """A label and in brackets the routing mode, if there is one to name (`HeldOut.how`)."""
+    return f"{label} ({how})" if how else label
 
 
 def words_of(name: str) -> str:

@@ -15,7 +15,7 @@ from mmscale.resilience.anomaly import AnomalyKind
 from mmscale.resilience.divergence import Diverged, find_diverged
 from mmscale.runs.events import CUT_SHORT
 from mmscale.runs.extents import Extent
-from mmscale.runs.held_out import HeldOut, words_of
+from mmscale.runs.held_out import HeldOut, with_how, words_of
 from mmscale.runtime.groups import from_first, gathered
 from mmscale.tables.routings import Routing, measured_routings
 from mmscale.train.log.metrics_log import MetricsLog
@@ -242,23 +242,25 @@ class EvalHook:
                 everything |= keyed
                 if self.metrics is not None:
                     self.metrics.write(step, keyed)
-                line = held_out_line(name, routing, values, extent=str(self.extents.get(name, "")))
+                where = HeldOut("loss", routing, name)
+                extent = str(self.extents.get(name, ""))
+                line = held_out_line(where, values, routed=self.config.model.routes, extent=extent)
                 self.progress.say(f"step {step}: {line}")
         self.on_values(step, from_first(everything))
 
 
-def held_out_line(name: str, routing: str, values: Mapping[str, float], *, extent: str = "") -> str:
+def held_out_line(where: HeldOut, values: Mapping[str, float], *, routed: bool = True, extent: str = "") -> str:
     """Losses of one evaluation for the terminal.
 
     Args:
-        name: of the set, as in `HeldOut`.
-        routing: mode by which experts were assigned to tokens.
+        where: the set and the routing mode.
         values: `loss`, `loss/<modality>`, `z_loss`.
+        routed: whether the model routes; if not, no routing mode is named.
         extent: which part of the set was read, if not all.
     """
     shown = "  ".join(f"{figure} {value:.4f}" for figure, value in values.items() if figure != "z_loss")
     part = f"  ({extent})" if extent else ""
-    return f"{words_of(name) or 'held-out'} ({routing} routing)  {shown}{part}"
+    return f"{with_how(words_of(where.name) or 'held-out', where.how(routed=routed))}  {shown}{part}"
 
 
 def _anomalies(state: StageState) -> dict[str, float]:

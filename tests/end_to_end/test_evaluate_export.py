@@ -94,6 +94,9 @@ def test_people_read_the_routing_beside_every_number(exported: Path) -> None:
     numbers = [line for line in text.splitlines() if line.startswith(("loss", "perplexity", "accuracy"))]
     assert len(numbers) >= 6 and {line.split()[-1] for line in numbers} == {"causal"}
     assert "use the future" not in text
+    for model in ("dense", "dense-hf"):  # nothing routes
+        text = ok("eval", exported / model, "--batches", "1")
+        assert "loss/text" in text and "routing" not in text
 
 
 def test_what_cannot_be_evaluated_is_said(exported: Path, config: Path, digits: Path, tmp_path: Path) -> None:

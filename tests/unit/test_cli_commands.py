@@ -85,7 +85,7 @@ def test_settings_may_stand_where_the_spec_would(run: Run) -> None:
 
 
 @pytest.mark.parametrize("sees_later_tokens", [True, False])
-def test_eval_writes_the_routing_beside_every_number(
+def test_eval_writes_the_routing_beside_every_number_if_the_model_routes(
     run: Run, monkeypatch: pytest.MonkeyPatch, sees_later_tokens: bool
 ) -> None:
     seen: dict[str, Any] = {}
@@ -105,7 +105,8 @@ def test_eval_writes_the_routing_beside_every_number(
     assert seen == {"folder": Path("runs/x"), "step": 300, "data": Path("d"), "batches": 2, "routing": "batch"}
     numbers = [line for line in out.splitlines() if line.startswith(("loss", "perplexity", "accuracy"))]
     assert len(numbers) == 4
-    assert all(line.split()[-1] == "batch" for line in numbers)
+    assert all((line.split()[-1] == "batch") is sees_later_tokens for line in numbers)
+    assert ("routing" in out) is sees_later_tokens
     assert json.loads(run("eval", "runs/x", "--json")[1])["routing"] == "batch"
 
 

@@ -26,6 +26,7 @@ from mmscale.errors import CheckpointError, shell_command
 from mmscale.model.auxiliary import RouterLearning
 from mmscale.model.build import build_chunks, transformer_config
 from mmscale.plan import flops_per_token
+from mmscale.runs.held_out import HeldOut
 from mmscale.runs.silent_routers import silent_routers
 from mmscale.runtime.disk_writer import replacing
 from mmscale.runtime.groups import from_first
@@ -185,7 +186,8 @@ class AuxiliaryStage:
             rows = table(figures(learning, self.given.groups))
         for name, by_routing in found.items():
             for routing_name, values in by_routing.items():
-                tools.progress.say(held_out_line(name, routing_name, values, extent=str(tools.extents.get(name, ""))))
+                where, extent = HeldOut("loss", routing_name, name), str(tools.extents.get(name, ""))
+                tools.progress.say(held_out_line(where, values, extent=extent))
         for line in silent_routers(rows):
             tools.progress.say(f"note: {line}")
         file = self.given.folder / REPORT

@@ -34,8 +34,9 @@ def test_keys_as_they_are_documented() -> None:
     }
     assert {key: HeldOut.of(key) for key in keys} == keys
     assert HeldOut.of("loss/text") is None
-    assert keys["eval/validation/web/causal/loss/text"].where == "validation web (causal routing)"
-    assert keys["eval/loss"].where == "held out (batch routing)"
+    assert keys["eval/validation/web/causal/loss/text"].where(routed=True) == "validation web (causal routing)"
+    assert keys["eval/loss"].where(routed=True) == "held out (batch routing)"
+    assert keys["eval/loss"].where(routed=False) == "held out"
     assert prometheus_name("eval/validation/web/causal/loss/text") == (
         "mmscale_loss",
         "text",

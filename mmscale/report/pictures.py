@@ -258,7 +258,9 @@ def _draw_experts(
 
 
 def _draw_coselection(record: dict[str, Any], groups: Sequence[tuple[str, str]], file: Path) -> None:
-    found = {group: [(n, f["coselection"]) for n, key, f in _experts(record) if key == group] for group in groups}
+    every = [(layer, group, figures.get("coselection")) for layer, group, figures in _experts(record)]
+    # A group with one expert has none.
+    found = {group: [(layer, pairs) for layer, key, pairs in every if key == group and pairs] for group in groups}
     found = {group: sorted(some)[:_SHOWN_LAYER_MAPS] for group, some in found.items() if some}
     columns = max(len(some) for some in found.values())
     figure = new_figure(width=min(16.0, 1.4 + 1.35 * columns), height=0.5 + 1.7 * len(found))

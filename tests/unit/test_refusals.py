@@ -59,22 +59,30 @@ READERS = {
     "ckpt upcycle {} out --experts text=2,image=2": ("does not exist", FOLDER),
     "data score set --by perplexity:{} --routing batch": ("there is no folder", "name a run folder: run.dir/run.name"),
 }
+# Files and names of tasks that are refused, of runs and exports.
+QUESTIONS = [
+    ("eval run --task none.jsonl", "none.jsonl cannot be read", "name another file", 3),
+    ("eval run --task broken.jsonl", "broken.jsonl:2: not JSON", "a question is a document", 3),
+    ("eval run --task array.jsonl", "array.jsonl:1: the line is no object", "a question is a document", 3),
+    ("eval run --task typo.jsonl", "did you mean 'choices'?", "a question is a document", 3),
+    ("eval run --task beyond.jsonl", "answer is 2, no number from 0 to 1", "a question is a document", 3),
+    ("eval run --task unanswered.jsonl", "answer is no text", "a question is a document", 3),
+    ("eval run --task picture.jsonl", "image gone.png is missing", "a question is a document", 3),
+    ("eval run --task mixed.jsonl", "mixes questions with choices", "make two files", 3),
+    ("eval run --task empty.jsonl", "holds no questions", "a question is a document", 3),
+    ("eval run --task a=good.jsonl --task a=mixed.jsonl", "two tasks are named a", "--task NAME=FILE", 2),
+    ("eval run --task which", "there is no task 'which'", "asked without --task", 2),
+]
 ROWS = [
     *(Row(command.format("none"), cause, remedy, 4) for command, (cause, remedy) in READERS.items()),
     *(Row(command.format("run@7"), "has no checkpoint of step 7", "choose one of 1", 4) for command in READERS),
     *(Row(command.format("run@x"), "'x' after the @ is not a step", "write a number", 2) for command in READERS),
     # questions
-    Row("eval run --task none.jsonl", "none.jsonl cannot be read", "name another file", 3),
-    Row("eval run --task broken.jsonl", "broken.jsonl:2: not JSON", "a question is a document", 3),
-    Row("eval run --task array.jsonl", "array.jsonl:1: the line is no object", "a question is a document", 3),
-    Row("eval run --task typo.jsonl", "did you mean 'choices'?", "a question is a document", 3),
-    Row("eval run --task beyond.jsonl", "answer is 2, no number from 0 to 1", "a question is a document", 3),
-    Row("eval run --task unanswered.jsonl", "answer is no text", "a question is a document", 3),
-    Row("eval run --task picture.jsonl", "image gone.png is missing", "a question is a document", 3),
-    Row("eval run --task mixed.jsonl", "mixes questions with choices", "make two files", 3),
-    Row("eval run --task empty.jsonl", "holds no questions", "a question is a document", 3),
-    Row("eval run --task a=good.jsonl --task a=mixed.jsonl", "two tasks are named a", "--task NAME=FILE", 2),
-    Row("eval run --task which", "there is no task 'which'", "asked without --task", 2),
+    *(
+        Row(command.replace("run", name, 1), cause, remedy, status)
+        for name in ("run", "export")
+        for command, cause, remedy, status in QUESTIONS
+    ),
     # neighbours
     Row("eval run --neighbours 2", "set has no neighbours", "mmscale data retrieve set", 3),
     Row("eval run --neighbours 1000", "--neighbours 1000 is out of range", "a number from 0", 2),
@@ -151,6 +159,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_run(folder / name, plain)
     write_run(folder / "cut", plain)
     (folder / "cut/checkpoints/step_00000001/weights").unlink()
+    (folder / "export").mkdir()
+    (folder / "export/config.json").write_text("{}")
     wide = plain.model.model_copy(update={"hidden_size": 128})
     write_run(folder / "wide", plain.model_copy(update={"model": wide}))
     np.save(folder / "few.npy", np.zeros((2, 3), np.float32))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from checkpoints_tools.new_schedules import begun_again
 from mmscale.checkpoint.named import Described
 from mmscale.config import Config, rules
 from mmscale.errors import CheckpointError
@@ -46,6 +47,6 @@ def fused_settings(old: Config, other: Config, *, untie: bool, steps: int | None
     if untie:
         settings["model"]["untie"] = list(UNTIED)
     settings["train"]["steps"] = steps or old.train.steps
-    new = Config.model_validate(settings)
+    new = Config.model_validate(begun_again(settings, old, done=0))
     rules.check(new)
     return new

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 
+from checkpoints_tools.new_schedules import begun_again
 from mmscale.config import Config, rules
 from mmscale.config.experts.schema import TokenChoiceConfig
 from mmscale.data.prepared.share import nominal_share
@@ -63,7 +64,7 @@ def upcycled_settings(
         with contextlib.suppress(MmscaleError):  # training will try again
             share = nominal_share(Config.model_validate(settings))
             settings["model"]["experts"]["share"] = {name: round(value, 6) for name, value in share.items()}
-    new = Config.model_validate(settings)
+    new = Config.model_validate(begun_again(settings, old, done=done))
     rules.check(new)
     return new
 

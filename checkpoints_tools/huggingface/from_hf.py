@@ -33,6 +33,7 @@ from checkpoints_tools.huggingface.model_config import model_config
 from checkpoints_tools.huggingface.verify import Digests, check_digests, check_shapes, check_values, is_weights
 from checkpoints_tools.huggingface.weights import Move, moves, target_shapes
 from checkpoints_tools.new_run import NewRun
+from checkpoints_tools.new_schedules import restarted
 from mmscale import bounded
 from mmscale.checkpoint import integrity, rewrite, run_folder
 from mmscale.checkpoint.tensors import OPTIMIZER, Region, TensorEntry, unknown_tensor
@@ -83,6 +84,7 @@ def import_(folder: Path, run: Path, *, image_codes: int = 0, seq_length: int | 
     rows = None
     if is_ours(folder, content):
         config, listed = _own(folder, content)
+        config = restarted(config)
         kind, steps = "mmscale", f"{shell_command('eval', run)}, or {_train(run)}"
     else:
         config, listed = foreign.translate(content, files, image_codes=image_codes, seq_length=seq_length)

@@ -93,11 +93,22 @@ def write_items(
         if item.type == WriteItemType.BYTE_IO:
             stream.write(data.getbuffer())
         else:
-            # torch.save writes the whole storage of a view, and parameters are views of one large buffer.
-            whole = data.untyped_storage().nbytes() == data.numel() * data.itemsize
-            torch.save(data if whole else data.clone(), stream)
+            torch.save(_with_own_storage(data), stream)
         length = stream.tell() - begin
         yield WriteResult(item.index, length, _StorageInfo(name, begin, length))
+
+
+def _with_own_storage(data: torch.Tensor) -> torch.Tensor:
+    """The same values with a storage that holds nothing else, without a copy where they are contiguous.
+
+    torch.save writes the whole storage of a view, and parameters are views of one large buffer.
+    """
+    if data.untyped_storage().nbytes() == data.numel() * data.itemsize:
+        return data
+    if data.dim() == 0 or data.numel() == 0 or not data.is_contiguous():
+        return data.clone()
+    values = data.detach().view(-1).view(torch.uint8).numpy()  # torch takes an array's memory as a storage
+    return torch.from_numpy(values).view(data.dtype).view(data.shape)
 
 
 class _HashedFile(io.RawIOBase):

@@ -20,6 +20,7 @@ from mmscale.checkpoint.integrity import CheckpointManifest
 from mmscale.checkpoint.tensors import OPTIMIZER, Region, TensorEntry, TensorSource, origin_of
 from mmscale.errors import CheckpointError
 from mmscale.runtime.environment import code_version
+from mmscale.train.learned_data import made_from
 
 _MASTER = f"{OPTIMIZER}state.param."  # the optimizer's fp32 copy of a weight
 
@@ -94,8 +95,9 @@ class Mean:
         return total.to(entry.dtype)
 
     def info(self) -> dict[str, Any]:
-        """The metadata of the newest checkpoint."""
-        return self._newest.info()
+        """The metadata of the newest checkpoint, and what the others were trained on."""
+        newest = self._newest.info()
+        return newest | made_from(*(source.info() for source in self.sources), newest=newest)
 
     def manifest(self) -> CheckpointManifest:
         """The newest checkpoint's manifest."""

@@ -32,6 +32,7 @@ from mmscale.config import Config
 from mmscale.errors import shell_command
 from mmscale.layers import LayerTensor, TensorPart, model_tensors
 from mmscale.runtime.environment import code_version
+from mmscale.train.learned_data import made_from
 
 
 def fuse(text: Named, image: Named, out: Path, *, average: bool = False, steps: int | None = None) -> dict[str, Any]:
@@ -66,7 +67,11 @@ def fuse(text: Named, image: Named, out: Path, *, average: bool = False, steps: 
         for parent, (path, _) in zip(origin["parents"], (text, image), strict=True):
             parent["path"] = str(path)  # not that of an imported export
         made = rewrite.into_run(
-            FusedBeginning(weights, new, tokenizers), out, origin=origin, weights=True, code_version=code_version()
+            FusedBeginning(weights, new, tokenizers, made_from(one.info(), other.info())),
+            out,
+            origin=origin,
+            weights=True,
+            code_version=code_version(),
         )
     data = () if new.data.path or new.data.blend else ("data.path=DATA",)
     return summary(made) | {
@@ -143,12 +148,19 @@ class FusedBeginning(NewRun):
         weights: of the model.
         config: of the new run.
         tokenizers: fingerprints of the tokenizers that the weights belong to.
+        learned: metadata about the data that they were trained on.
     """
 
-    def __init__(self, weights: FusedWeights | Mean, config: Config, tokenizers: dict[str, str]) -> None:
+    def __init__(
+        self, weights: FusedWeights | Mean, config: Config, tokenizers: dict[str, str], learned: dict[str, Any]
+    ) -> None:
         super().__init__(weights.path, config, tokenizers)
-        self._weights = weights
+        self._weights, self._learned = weights, learned
         self.entry, self.read, self.objects = weights.entry, weights.read, weights.objects
+
+    def info(self) -> dict[str, Any]:
+        """As of every new run, and what the weights were trained on."""
+        return super().info() | self._learned
 
     def names(self, *, weights: bool = False) -> list[str]:
         """Names of the weights; there is nothing else."""

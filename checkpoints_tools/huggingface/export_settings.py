@@ -6,6 +6,7 @@ mmscale.json, which is read too.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from mmscale.config import Config
 from mmscale.config.model.schema import MOST_LAYERS
 from mmscale.data.prepared.manifest import by_modality
 from mmscale.errors import CheckpointError
+from mmscale.train.learned_data import LEARNED, recorded
 
 CONFIG = "config.json"
 REPORT = "conversion_report.json"
@@ -23,18 +25,19 @@ _BEFORE = "mmscale.json"
 _SUFFIX = "_tokenizer"
 
 
-def settings(config: Config, tokenizers: dict[str, Any]) -> dict[str, Any]:
+def settings(config: Config, tokenizers: dict[str, Any], info: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The content of config.json under `mmscale`.
 
     Args:
         config: the run's configuration.
         tokenizers: fingerprints of the data set's tokenizers, `text_tokenizer` and so on; other entries are ignored.
+        info: the checkpoint's metadata; its weights may have been trained on data that `config` does not name.
     """
+    before = [{"path": path, "identity": identity} for path, identity in recorded(info or {})]
     found = {name: str(value) for name, value in tokenizers.items() if name.endswith(_SUFFIX)}
     tested = {"oldest": OLDEST, "newest": NEWEST}
-    return {
-        KEY: {"format": 1, "config": config.model_dump(mode="json"), "tokenizers": found, "tested_transformers": tested}
-    }
+    held = {"format": 1, "config": config.model_dump(mode="json"), "tokenizers": found, "tested_transformers": tested}
+    return {KEY: held | ({LEARNED: before} if before else {})}
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -111,6 +114,14 @@ def config_of_export(folder: Path, content: dict[str, Any]) -> Config:
             f"{where} holds no configuration of this version: {str(error).splitlines()[0]}",
             remedy="use the version of mmscale that wrote it",
         ) from None
+
+
+def trained_before(content: dict[str, Any]) -> list[tuple[str, str]]:
+    """Paths and identities of the data sets that the weights were trained on before their run or stage began."""
+    try:
+        return [(str(path), str(identity)) for path, identity in recorded(content)]
+    except bounded.BAD_CONTENT:
+        return []
 
 
 def tokenizers_of_export(folder: Path, content: dict[str, Any]) -> dict[str, str]:

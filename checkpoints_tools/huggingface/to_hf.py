@@ -117,7 +117,7 @@ def export(
             thresholds=thresholds,
             routing=routing,
             tokens_per_image=own.tokens_per_image,
-        ) | settings(config, own.about)
+        ) | settings(config, own.about, source.main.info())
         _write_companions(folder, config, own)
         on_stage("files")
         report = _judged(folder, content, run, source, config, own, written, out, routing=routing, on_stage=on_stage)

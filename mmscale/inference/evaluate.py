@@ -84,7 +84,7 @@ def evaluate_run(
         routes = model.config.model.routes
         result: dict[str, Any] = {"run": str(run), "step": model.step, "routing": routing.value}
         result["sees_later_tokens"] = routes and routing.leaks
-        if lines := leaks_of_settings(model.config, config, read=model.trained_on):
+        if lines := leaks_of_settings(model.config, config, read=model.trained_on, before=model.trained_before):
             result[FIELD] = lines
         scorer = _RunScorer(model, routing, batches, at)
         result |= measured(scorer, config, tasks=tasks, questions=questions)

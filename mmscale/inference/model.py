@@ -29,6 +29,7 @@ from mmscale.model.build import build_chunks, transformer_config
 from mmscale.runtime import groups as process_groups
 from mmscale.runtime.rank_env import RankEnv
 from mmscale.tables.routings import Routing
+from mmscale.train.learned_data import recorded
 from mmscale.train.stages.origin import find_routers
 from mmscale.train.state.router_state import load_main_tensors, load_router_tensors, main_tensors, router_tensors
 from mmscale.train.steps.batch import to_device
@@ -50,6 +51,7 @@ class RunModel:
         vocabulary: ids of the modalities.
         tokenizers: fingerprints of those of training, as in a data set's manifest; empty if the checkpoint is too old.
         trained_on: identities of its training data; empty if the checkpoint is too old.
+        trained_before: paths and identities of what its weights were trained on before its run or stage began.
     """
 
     config: Config
@@ -59,6 +61,7 @@ class RunModel:
     vocabulary: Vocabulary
     tokenizers: dict[str, str]
     trained_on: tuple[str, ...] = ()
+    trained_before: tuple[tuple[str, str], ...] = ()
 
     def require(self, routing: Routing) -> None:
         """Refuse a routing that this checkpoint does not support.
@@ -136,7 +139,7 @@ def open_run(
         vocabulary = Vocabulary.from_config(config.vocab)
         read = tuple(one.identity for one in known(found.info) or ())
         tokenizers = dict(found.info.get("tokenizers") or {})
-        yield RunModel(config, found.step, groups, wrapped, vocabulary, tokenizers, read)
+        yield RunModel(config, found.step, groups, wrapped, vocabulary, tokenizers, read, tuple(recorded(found.info)))
     finally:
         process_groups.finalize()
 

@@ -102,7 +102,7 @@ def score_by_run(
 
     Returns:
         As `write_scores`; and `run`, `step`, `routing`, `trained_on` (whether the run's data settings name this data
-        set), for influence also `heads` and their `retrieval` scores.
+        set, or its weights were trained on it before), for influence also `heads` and their `retrieval` scores.
 
     Raises:
         CheckpointError: there is no such checkpoint, or it is damaged.
@@ -123,9 +123,11 @@ def score_by_run(
             found = retrieval_scores(model, routing=routing)
             chosen = best_heads(found, share=heads)
             made |= {"heads": chosen, "retrieval": [round(float(found[one]), 4) for one in chosen]}
-        cache = _SliceCache(folder, name, [identity_of(folder, manifest), _digest(model), routing.value, chosen])
+        identity, before = identity_of(folder, manifest), {read for _, read in model.trained_before}
+        own = any(Path(one.path).resolve() == folder.resolve() for one in model.config.data.sources)
+        trained_on = own or identity in before
+        cache = _SliceCache(folder, name, [identity, _digest(model), routing.value, chosen])
         passes = [[], chosen] if chosen else [[]]
-        trained_on = any(Path(one.path).resolve() == folder.resolve() for one in model.config.data.sources)
         shape = (len(source), len(model.vocabulary.names))
         work = _SliceWork(folder, run, model.step, routing, cache)
         jobs = [job for heads in passes for job in _missing(cache, heads, shape)]

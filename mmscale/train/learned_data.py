@@ -1,4 +1,7 @@
-"""The data that the main run has trained the weights of a stage on, as the stage's checkpoints record it. No torch."""
+"""The data that weights were trained on before their run or stage began, as its checkpoints record it. No torch.
+
+A stage has the weights of its main run, and a run of `ckpt fuse` or `ckpt average` those of several runs.
+"""
 
 from __future__ import annotations
 
@@ -10,32 +13,56 @@ from mmscale.data.prepared.leaks import still_as_read
 from mmscale.data.prepared.manifest import Manifest
 
 LEARNED = "main_data"  # in the metadata of the stage, beside the step of the main checkpoint
+MADE_FROM = "made_from"  # in the metadata of a run with weights of several ones; holds LEARNED too
 
 
 def learned_from(info: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Paths and identities of the data sets that a checkpoint's run trains on.
+    """Paths and identities of the data sets that a checkpoint's run trains on, and that its weights were before it.
 
     Args:
         info: the checkpoint's metadata.
     """
-    return [
-        {"path": one["path"], "identity": one["identity"]}
+    own = [
+        (one["path"], one["identity"])
         for one in info.get("data", ())
         if one["weight"] > 0 or any(weight > 0 for _, weight in one.get("later", ()))
     ]
+    found = {identity: path for path, identity in (*recorded(info), *own)}
+    return [{"path": path, "identity": identity} for identity, path in found.items()]
+
+
+def made_from(*infos: Mapping[str, Any], newest: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Metadata of a run with weights of several checkpoints: what they were trained on.
+
+    Args:
+        infos: metadata of the checkpoints.
+        newest: the metadata that it is added to, whose data need not be repeated; None: of a run without data.
+
+    Returns:
+        Empty if nothing is to be added.
+    """
+    known = {one["identity"] for one in learned_from(newest or {})}
+    found = {one["identity"]: one for info in infos for one in learned_from(info) if one["identity"] not in known}
+    before = [{"path": path, "identity": identity} for path, identity in recorded(newest or {})]
+    return {MADE_FROM: {LEARNED: [*before, *found.values()]}} if found else {}
 
 
 def learned_sets(origin: Mapping[str, Any], own: Mapping[Path, Manifest]) -> tuple[dict[Path, Manifest], list[str]]:
     """Manifests of these sets by folder, and a line for each one that cannot be compared, as `still_as_read`.
 
     Args:
-        origin: `BuiltStage.origin`.
+        origin: as for `recorded`.
         own: manifests of the data sets that the stage evaluates and trains on, by folder.
     """
-    return still_as_read(((path, (identity,)) for path, identity in _recorded(origin)), own)
+    return still_as_read(((path, (identity,)) for path, identity in recorded(origin)), own)
 
 
-def _recorded(origin: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def recorded(origin: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Paths and identities of the data sets that weights were trained on before their run or stage began.
+
+    Args:
+        origin: `BuiltStage.origin`, or the metadata of a checkpoint, which contains it.
+    """
     for stage in origin.values():
         for one in stage.get(LEARNED, ()) if isinstance(stage, Mapping) else ():
             yield one["path"], one["identity"]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from checkpoints_tools.fused_settings import fused_tokenizers
 from checkpoints_tools.sources import open_source
+from mmscale.checkpoint.layout import Store
 from mmscale.data.stream.packed import pack_rows
 from mmscale.data.vocab import EOS, SPECIAL_TOKENS
 from mmscale.errors import CheckpointError
@@ -137,6 +138,9 @@ def test_models_of_other_data_make_a_run_without_data(
     refused = mmscale("train", *goes_on)
     assert_says(refused, status=2, cause="neither data.path nor data.blend is set", remedy="set data.path")
     ok("train", *goes_on, f"data.path={data}")
+    for step in (0, 1):  # with which leaks of held-out documents are compared
+        (learned,) = Store.of_run(out).info(step)["made_from"]["main_data"]
+        assert learned["path"] in (str(data), f"{tmp_path}/data")
 
 
 def test_other_tokenizers_are_refused() -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mmscale.runs.metrics import read_metrics
-from tests.end_to_end.running import assert_says, mmscale
+from tests.end_to_end.running import assert_says, mmscale, ok
 
 DENSE = ("run.name=dense", "model.kind=dense", "model.depth=null", "model.experts.counts={}", "parallel.ep=1")
 SHORT = ("model.seq_length=64", "train.steps=4")
@@ -51,3 +52,35 @@ def test_a_run_goes_on_with_longer_sequences_and_yarn(config: Path, tmp_path: Pa
         "beta_slow": 1.0,
         "truncate": True,
     }
+
+
+@pytest.mark.parametrize(
+    "routers", [pytest.param("joint", marks=pytest.mark.long), pytest.param("stage", marks=pytest.mark.exhaustive)]
+)
+def test_causal_numbers_after_longer_sequences(routers: str, config: Path, tmp_path: Path) -> None:
+    """Thresholds and auxiliary routers: the run's own losses, those of `eval` and the export's are the same."""
+    train = ("train", config, f"run.dir={tmp_path}", "model.experts.threshold_decay=0.9", "parallel.ep=1")
+    train = (*train, "checkpoint.asynchronous=false", "checkpoint.every=0", "train.eval_every=8")
+    train = (*train, "optim.schedule=constant", "optim.warmup=1", "optim.lr=1e-2")
+    if routers == "joint":
+        train = (*train, "model.auxiliary.mode=joint")
+    ok(*train, *SHORT)
+    ok(*train, *LONG, "--yes")
+    run = tmp_path / "tiny"
+    own = {mode: read_metrics(run)[-1].get(f"eval/{mode}/loss") for mode in ("threshold", "causal")}
+    if routers == "stage":
+        ok(*train, *LONG, "--stage", "auxiliary", "auxiliary.steps=6", "auxiliary.optim.lr=1e-2")
+        report = json.loads((run / "auxiliary/report.json").read_text())["held_out"]
+        assert report["batch"]["loss"] == pytest.approx(read_metrics(run)[-1]["eval/loss"], rel=1e-6)
+        own["causal"] = report["causal"]["loss"]
+    for mode, recorded in own.items():
+        found = evaluated(run, mode)
+        assert recorded == pytest.approx(found["loss"], rel=1e-6), mode
+        assert found["batch"]["loss"] == pytest.approx(read_metrics(run)[-1]["eval/loss"], rel=1e-6)
+        ok("convert", "to-hf", run, tmp_path / mode, "--routing", mode, timeout_s=400)
+        assert evaluated(tmp_path / mode, mode)["loss"] == pytest.approx(found["loss"], rel=2e-6), mode
+
+
+def evaluated(model: Path, mode: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(ok("eval", model, "--routing", mode, "--batches", "2", "--json"))
+    return found

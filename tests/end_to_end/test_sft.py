@@ -79,6 +79,8 @@ def test_labels_are_those_of_answers(folder: Path, tuned: Tuned) -> None:
     # Conversations are about pictures that the main run was trained on, whatever the split of the conversation.
     assert any(f"in training documents of {folder / 'set'} too" in line for line in began["leaks"])
     assert Store.of_run(run).info(STEPS)["config"]["run"]["name"] == "sft"
+    evaluated = json.loads(ok("eval", run, "--batches", "1", "--json"))
+    assert evaluated["leaks"] == began["leaks"]
 
 
 @pytest.mark.parametrize(

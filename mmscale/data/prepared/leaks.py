@@ -65,7 +65,12 @@ def leaks_of(
 
 
 def leaks_of_settings(
-    trained: Config, evaluated: Config, *, read: Collection[str] = (), missing: bool = True
+    trained: Config,
+    evaluated: Config,
+    *,
+    read: Collection[str] = (),
+    before: Iterable[tuple[str, str]] = (),
+    missing: bool = True,
 ) -> list[str]:
     """As `leaks_of`, for the data sets that two configurations name.
 
@@ -73,13 +78,14 @@ def leaks_of_settings(
         trained: names the data that a model was trained on.
         evaluated: names the data that it is evaluated on, which must be readable.
         read: identities of the training documents when they were read; empty: unknown.
+        before: paths and identities of further data sets that the model was trained on, before its run or stage.
         missing: whether to say of training data that it cannot be compared because it is missing or was replaced.
     """
     blend = read_blend(evaluated)
     sets = read_validation(evaluated, blend)
     own = {**blend, **{one.folder: one.manifest for one in sets}}
-    trained_sets = ((one.path, read) for one in trained.data.sources if one.trained)
-    known, lines = still_as_read(trained_sets, own)
+    trained_sets: list[tuple[str, Collection[str]]] = [(one.path, read) for one in trained.data.sources if one.trained]
+    known, lines = still_as_read([*trained_sets, *((path, (identity,)) for path, identity in before)], own)
     whole = {one.folder for one in sets if one.split != HELD_OUT}
     return leaks_of(known, own, whole=whole) + (lines if missing else [])
 
@@ -94,7 +100,7 @@ def still_as_read(
         own: manifests of the data sets that they are compared with, by folder.
 
     Returns:
-        Manifests by folder; a folder of `own` under another path keeps its key in `own`.
+        Manifests by folder; a folder of `own` under another path keeps its key in `own`, as does one that was moved.
     """
     names = {folder.resolve(): folder for folder in own}
     known: dict[Path, Manifest] = {}
@@ -102,11 +108,22 @@ def still_as_read(
     for path, identities in read:
         folder = names.get(Path(path).resolve(), Path(path))
         manifest, problem = _as_read(folder, own, identities)
+        moved = _moved(own, identities) if manifest is None else None
         if manifest is not None:
             known[folder] = manifest
+        elif moved is not None:
+            known[moved] = own[moved]
         else:
             lines.append(f"held-out documents are not compared with the training documents of {path}, {problem}")
     return known, lines
+
+
+def _moved(own: Mapping[Path, Manifest], identities: Collection[str]) -> Path | None:
+    """The folder of `own` that has these training documents now; None: none has, or which documents is unknown."""
+    if len(identities) != 1:
+        return None
+    splits = ((folder, manifest) for folder, manifest in own.items() if _has(manifest, TRAIN))
+    return next((folder for folder, manifest in splits if identity_of(folder, manifest) in identities), None)
 
 
 def _as_read(folder: Path, own: Mapping[Path, Manifest], identities: Collection[str]) -> tuple[Manifest | None, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from mmscale.checkpoint.layout import Store
 from mmscale.config import Config
 from mmscale.config.notes import notes
 from mmscale.data.stream.loader import BatchLoader
@@ -13,9 +14,11 @@ from mmscale.runtime import device
 from mmscale.runtime.groups import from_first
 from mmscale.train.assembly import build as build_parts
 from mmscale.train.hooks import EvalHook
+from mmscale.train.learned_data import MADE_FROM
 from mmscale.train.log.layers_log import LayersHook
 from mmscale.train.log.progress_lines import banner, source_shares
 from mmscale.train.loop import Hook
+from mmscale.train.preflight import newest_intact
 from mmscale.train.stages.built import StageInputs, StageServices
 
 
@@ -28,6 +31,7 @@ class MainStage:
         self.stepper = parts.stepper
         self.state = parts.state
         self.flops_per_token = flops_per_token(given.settings).training
+        self._made_from = from_first(_made_from(given) if given.env.is_first else None)
 
     @property
     def begins_from(self) -> dict[str, Any]:
@@ -35,8 +39,8 @@ class MainStage:
         return {}
 
     def origin(self) -> dict[str, Any]:
-        """Empty: the main stage does not depend on another stage."""
-        return {}
+        """What weights of several runs were trained on, if the run began with such; otherwise empty."""
+        return self._made_from
 
     def announce(self, *, attempt: int) -> list[str]:
         """Lines about the model, the data, and notes on the settings."""
@@ -78,6 +82,11 @@ class MainStage:
     def complete(self, tools: StageServices) -> None:
         """As `resumed`, after the last step."""
         self.resumed(tools)
+
+
+def _made_from(given: StageInputs) -> dict[str, Any]:
+    _, saved = newest_intact(Store.of_run(given.folder))
+    return {MADE_FROM: saved[MADE_FROM]} if MADE_FROM in saved else {}
 
 
 def _evaluation(config: Config, tools: StageServices) -> EvalHook | None:

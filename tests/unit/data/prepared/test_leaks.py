@@ -19,7 +19,7 @@ from mmscale.data.prepared.shared_content import PAGE, Shared
 from mmscale.report import page
 from mmscale.runs.recorded_leaks import leaks_in
 from mmscale.train.evaluated_on import EvaluatedOn
-from mmscale.train.learned_data import LEARNED, learned_from
+from mmscale.train.learned_data import LEARNED, learned_from, made_from
 from mmscale.train.stages import sft_settings
 from tests.unit.data.prepared.test_shared_content import documents
 from tests.unit.data.samples import config, write_jsonl
@@ -133,9 +133,10 @@ def test_every_pair_of_sets_of_a_run_is_compared(how: str, reversed_sets: tuple[
 
 
 @pytest.mark.parametrize("weights", [(1.0, ()), (0.0, ((3, 1.0),)), (0.0, ())], ids=["trained", "later", "never"])
-@pytest.mark.parametrize("now", ["as it was", "missing", "other documents", "other tokenizers"])
+@pytest.mark.parametrize("now", ["as it was", "moved", "missing", "other documents", "other tokenizers"])
+@pytest.mark.parametrize("by", ["stage", "stage of a fused run", "fused run", "mean"])
 def test_a_stage_names_what_the_main_run_has_trained_on(
-    now: str, weights: tuple[float, Any], reversed_sets: tuple[Path, Path, str]
+    by: str, now: str, weights: tuple[float, Any], reversed_sets: tuple[Path, Path, str]
 ) -> None:
     """Weights of the stage know the main run's documents, so held-out conversations should not be among them."""
     first, second, _ = reversed_sets
@@ -145,8 +146,20 @@ def test_a_stage_names_what_the_main_run_has_trained_on(
     weight, later = weights
     identity = identity_of(first, read_manifest(first))
     saved = {"data": [{"path": str(first), "weight": weight, "later": later, "identity": identity}]}
-    origin = json.loads(json.dumps({"sft": {"main_step": 4, LEARNED: learned_from(saved)}}))
-    if now == "missing":
+    other = {"data": [saved["data"][0] | {"identity": "none", "weight": 0.0, "later": ()}]}
+    made = {
+        "stage": {"sft": {"main_step": 4, LEARNED: learned_from(saved)}},
+        "stage of a fused run": {"sft": {"main_step": 4, LEARNED: learned_from(made_from(saved, other))}},
+        "fused run": made_from(saved, other),
+        "mean": made_from(saved, other, newest=other),
+    }
+    origin = json.loads(json.dumps(made[by]))
+    if now == "moved":  # the stage reads it too, from where it is now
+        moved = first.rename(first.with_name("elsewhere"))
+        blend = {"path": None, "blend": [{"path": str(second)}, {"path": str(moved), "weight": 0}]}
+        stage = sft_settings.stage_config(Config.model_validate(stage.model_dump() | {"sft": blend}))
+        first = moved
+    elif now == "missing":
         shutil.rmtree(first)
     elif now == "other documents":
         prepare(config(documents=[str(first.parent / "in" / "d.jsonl")]), first, progress=False, overwrite=True)
@@ -157,7 +170,7 @@ def test_a_stage_names_what_the_main_run_has_trained_on(
     found = EvaluatedOn.of(stage, read_blend(stage), {}, origin).start_fields.get("leaks", [])
     if weights == (0.0, ()):
         assert found == []
-    elif now == "as it was":
+    elif now in ("as it was", "moved"):
         assert len(found) == 2
         assert all(
             f"of held-out documents of {second} are in training documents of {first} too" in one for one in found

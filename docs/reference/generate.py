@@ -9,6 +9,7 @@ from typing import Any
 import typer.main
 
 from mmscale.cli import app
+from mmscale.cli.bench import BenchCommand
 from mmscale.config.explain import explain
 from mmscale.tables import settings as tables
 from mmscale.tables.plugins import PLUGINS
@@ -116,6 +117,8 @@ def _page(path: tuple[str, ...], command: Any) -> Iterator[str]:
     if command.epilog:
         yield from ("", f"`{command.epilog.removeprefix('Example: ')}`")
     rows = [row for row in (_row(parameter, context) for parameter in command.params) if row]
+    if isinstance(command, BenchCommand):
+        rows = [f"| `{option}` | {_escaped(meaning)} |" for option, meaning in command.options().items()] + rows
     if rows:
         yield from ("", "| argument or option | meaning |", "| --- | --- |", *rows)
 

@@ -6,20 +6,25 @@ benchmark needs one entry here; its options are the arguments of its function.
 
 from __future__ import annotations
 
+import ast
 import importlib
+import importlib.util
 import inspect
+import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import typer
+from typer.core import TyperCommand
 
 from mmscale.cli.output import Json, emit, pairs
 from mmscale.errors import UsageError
 
 app = typer.Typer(
-    help="Measure speed, memory and numbers of parts of mmscale. Options are written --name value; an unknown one "
-    "lists those that a benchmark takes.",
+    help="Measure speed, memory and numbers of parts of mmscale. `mmscale bench NAME --help` lists the options "
+    "of a benchmark.",
     no_args_is_help=True,
 )
 
@@ -113,18 +118,70 @@ _BENCHMARKS = (
 )
 
 
+class BenchCommand(TyperCommand):
+    """A command of the group; its help lists the benchmark's options, which are read from the source."""
+
+    def options(self) -> dict[str, str]:
+        """Meanings by option, e.g. `--repeats 5`, with the default value."""
+        return documented_options(HOMES[str(self.name)])
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write the help with the options; torch is not imported."""
+        short, options = self.help, self.options()
+        if options:
+            lines = "\n".join(f"{option}: {meaning}" for option, meaning in options.items())
+            self.help = f"{short}\n\n\b\nOptions of the benchmark, with their defaults:\n{lines}"
+        super().format_help(ctx, formatter)
+        self.help = short
+
+
+def documented_options(home: str) -> dict[str, str]:
+    """Options of a benchmark, with their defaults, and their meanings, from the docstring of its function `run`.
+
+    Args:
+        home: its module; nothing is returned if it is missing, as in a wheel.
+    """
+    found = importlib.util.find_spec("mmscale.bench") and importlib.util.find_spec(home)
+    if not found or not found.origin:
+        return {}
+    body = ast.parse(Path(found.origin).read_text()).body
+    run = next(node for node in body if isinstance(node, ast.FunctionDef) and node.name == "run")
+    arguments = re.search(r"^Args:\n(.*?)(?=^\S|\Z)", ast.get_docstring(run) or "", flags=re.MULTILINE | re.DOTALL)
+    meanings = dict(re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", arguments[1] if arguments else "", re.MULTILINE))
+    given = zip(run.args.kwonlyargs, run.args.kw_defaults, strict=True)
+    return {
+        f"--{one.arg.replace('_', '-')} {_shown(default)}".rstrip(): " ".join(meanings.get(one.arg, "").split())
+        for one, default in given
+        if one.arg != "config"
+    }
+
+
+def _shown(default: ast.expr | None) -> str:
+    """A default value as it would be written on the command line; empty: a switch, nothing, or a name."""
+    if default is None:
+        return ""
+    try:
+        value = ast.literal_eval(default)
+    except ValueError:
+        return ""
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return "" if value is None or isinstance(value, bool) else str(value)
+
+
 def _add(benchmark: _Benchmark) -> None:
     @app.command(
         benchmark.name,
+        cls=BenchCommand,
         help=benchmark.help,
         epilog=f"Example: mmscale bench {benchmark.name} {benchmark.example}",
         context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
     )
     def command(context: typer.Context, as_json: Json = False) -> None:
-        home = benchmark.home or f"mmscale.bench.{benchmark.name}"
-        _bench(benchmark.name, home, context.args, as_json=as_json)
+        _bench(benchmark.name, HOMES[benchmark.name], context.args, as_json=as_json)
 
 
+HOMES = {one.name: one.home or f"mmscale.bench.{one.name}" for one in _BENCHMARKS}
 for _benchmark in _BENCHMARKS:
     _add(_benchmark)
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
 import shutil
 import sys
@@ -14,7 +16,7 @@ from typing import Any
 import pytest
 
 from mmscale.cli import ranks
-from mmscale.cli.bench import split_options
+from mmscale.cli.bench import HOMES, documented_options, split_options
 from mmscale.cli.named_files import split_step
 from mmscale.cli.stage import StageName
 from mmscale.errors import (
@@ -234,6 +236,23 @@ def test_split_step() -> None:
     assert split_step("runs/x") == (Path("runs/x"), None)
     assert split_step("runs/x@100") == (Path("runs/x"), 100)
     assert split_step("a@b/x") == (Path("a@b/x"), None)
+
+
+@pytest.mark.parametrize("name", HOMES)
+def test_the_help_of_a_benchmark_lists_its_options(name: str, run: Run) -> None:
+    """All that `run` takes, each with a meaning; they come from the source, without an import of torch."""
+    found = documented_options(HOMES[name])
+    takes = inspect.signature(importlib.import_module(HOMES[name]).run).parameters.values()
+    names = [
+        f"--{one.name.replace('_', '-')}" for one in takes if one.kind is one.KEYWORD_ONLY and one.name != "config"
+    ]
+    assert [option.split()[0] for option in found] == names and all(found.values())
+    _, out, _ = run("bench", name, "--help")
+    assert all(option in " ".join(out.split()) for option in found)
+
+
+def test_a_wheel_has_no_benchmarks_to_list() -> None:
+    assert documented_options("mmscale.bench.nothing") == {}
 
 
 def test_bench_options() -> None:

@@ -48,7 +48,7 @@ def test_a_stopped_run_resumes_with_the_same_losses_and_biases(config: Path, run
     wanted = biases(runs / "tc", 2 * STEPS)
     assert wanted and all(bias.any() for bias in wanted.values())
     for change in ("", "parallel.ep=2"):
-        run = assert_goes_on_alike(runs / "tc", tmp_path / f"resumed {change}", settings, at=STEPS, change=change)
+        run = assert_goes_on_alike(runs / "tc", tmp_path / (change or "same"), settings, at=STEPS, change=change)
         found = biases(run, 2 * STEPS)
         assert found.keys() == wanted.keys()
         assert all(torch.equal(found[name], bias) for name, bias in wanted.items()), change

@@ -47,7 +47,7 @@ def test_a_stopped_run_resumes_with_the_same_losses(config: Path, runs: Path, tm
     """Bit by bit on the same layout; to rounding on two tensor-parallel ranks."""
     settings = (config, "run.name=mot", *MAIN, *MODELS["mot"])
     for change in ("", "parallel.tp=2"):
-        assert_goes_on_alike(runs / "mot", tmp_path / f"resumed {change}", settings, at=STEPS, change=change)
+        assert_goes_on_alike(runs / "mot", tmp_path / (change or "same"), settings, at=STEPS, change=change)
 
 
 @pytest.mark.long

@@ -116,9 +116,9 @@ def assert_goes_on_alike(
     ok("train", *settings, f"run.dir={folder}", f"train.steps={at}")
     ok("train", *settings, f"run.dir={folder}", *([change] if change else []), nproc=2 if change else 1)
     wanted, found = losses(whole), losses(folder / whole.name)
-    assert found.keys() == wanted.keys()
+    assert found.keys() == wanted.keys(), (sorted(found), sorted(wanted))
     for step, loss in wanted.items():
-        assert found[step] == (pytest.approx(loss, rel=1e-5) if change else loss), (change, step)
+        assert found[step] == (pytest.approx(loss, rel=1e-5) if change else loss), (change, step, found[step], loss)
     return folder / whole.name
 
 

@@ -29,7 +29,7 @@ from mmscale.model.build import build_chunks, transformer_config
 from mmscale.runtime import groups as process_groups
 from mmscale.runtime.rank_env import RankEnv
 from mmscale.tables.routings import Routing
-from mmscale.train.learned_data import recorded
+from mmscale.train.learned_data import read_before, recorded
 from mmscale.train.stages.origin import find_routers
 from mmscale.train.state.router_state import load_main_tensors, load_router_tensors, main_tensors, router_tensors
 from mmscale.train.steps.batch import to_device
@@ -51,7 +51,8 @@ class RunModel:
         vocabulary: ids of the modalities.
         tokenizers: fingerprints of those of training, as in a data set's manifest; empty if the checkpoint is too old.
         trained_on: identities of its training data; empty if the checkpoint is too old.
-        trained_before: paths and identities of what its weights were trained on before its run or stage began.
+        trained_before: paths and identities of what its weights were trained on before: by earlier attempts, or before
+            its run or stage began.
     """
 
     config: Config
@@ -130,7 +131,8 @@ def open_run(
         (module,) = build_chunks(config, groups, transformer=transformer)
         wanted = main_tensors([module], sharded.metadata())
         with integrity.tolerating_deletion(found.main):
-            load_main_tensors([module], sharded.read(found.main, wanted, partly=True))
+            loaded = sharded.read(found.main, wanted, partly=True)
+            load_main_tensors([module], loaded)
         if config.model.auxiliary_width is not None:
             wanted = router_tensors([module], sharded.metadata())
             with integrity.tolerating_deletion(found.routers):
@@ -139,7 +141,8 @@ def open_run(
         vocabulary = Vocabulary.from_config(config.vocab)
         read = tuple(one.identity for one in known(found.info) or ())
         tokenizers = dict(found.info.get("tokenizers") or {})
-        yield RunModel(config, found.step, groups, wrapped, vocabulary, tokenizers, read, tuple(recorded(found.info)))
+        before = (*read_before(loaded.get("progress", {}).get("stream", ())), *recorded(found.info))
+        yield RunModel(config, found.step, groups, wrapped, vocabulary, tokenizers, read, before)
     finally:
         process_groups.finalize()
 

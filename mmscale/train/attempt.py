@@ -278,6 +278,8 @@ class Attempt:
             settings_of=self.entry.settings,
         )
         self.train_data, self.state.stream = place.mixture, place.segments
+        own = self.evaluated_on.with_earlier(self.config, place.segments) if self.env.is_first else None
+        self.evaluated_on = from_first(own)
         return tuple(place.lines)
 
     def _announce(self, changed: list[str]) -> None:

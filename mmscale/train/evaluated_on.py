@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from mmscale.config import Config
-from mmscale.data.prepared.leaks import leaks_of
-from mmscale.data.prepared.manifest import HELD_OUT, Manifest
+from mmscale.data.prepared.identity import identity_of
+from mmscale.data.prepared.leaks import leaks_of, still_as_read
+from mmscale.data.prepared.manifest import HELD_OUT, Manifest, read_blend
 from mmscale.data.prepared.named_tasks import having, named_tasks
 from mmscale.data.prepared.prepared_with import differing, other_settings
 from mmscale.data.prepared.tasks import TaskItem, replaced
@@ -18,7 +19,7 @@ from mmscale.data.prepared.validation import identities_of, read_validation
 from mmscale.runs.recorded_leaks import FIELD
 from mmscale.runs.recorded_preparation import as_field as preparation_field
 from mmscale.runs.recorded_questions import Asked, as_field
-from mmscale.train.learned_data import learned_sets
+from mmscale.train.learned_data import learned_sets, read_before
 from mmscale.train.steps.task_scores import chance_of, describe
 
 
@@ -71,6 +72,29 @@ class EvaluatedOn:
         kept = {"validation": identities_of(sets), "tasks": identities_of_tasks(tasks)}
         fields = as_field(asked) | ({"guessing": chances} if chances else {})
         return cls(lines, kept, fields | ({FIELD: leaks} if leaks else {}) | preparation_field(differing(config)))
+
+    def with_earlier(self, config: Config, stream: Sequence[Mapping[str, Any]]) -> EvaluatedOn:
+        """The same, with what held-out documents share with data that earlier attempts read and this one does not.
+
+        Args:
+            config: as for `of`.
+            stream: settings of the order of the data so far, as checkpoints keep them.
+        """
+        read = read_before(stream)
+        if not read:
+            return self
+        blend = read_blend(config)
+        folders = [Path(one.path) for one in config.data.sources if one.trained]
+        now = {identity_of(folder, blend[folder]) for folder in folders}
+        sets = read_validation(config, blend)
+        own = dict(blend) | {one.folder: one.manifest for one in sets}
+        dropped, unknown = still_as_read(((path, (one,)) for path, one in read if one not in now), own)
+        whole = {one.folder for one in sets if one.split != HELD_OUT}
+        leaks = leaks_of(dropped, own, whole=whole) + unknown
+        if not leaks:
+            return self
+        fields = self.start_fields | {FIELD: [*self.start_fields.get(FIELD, ()), *leaks]}
+        return replace(self, lines=[*self.lines, *(f"note: {line}" for line in leaks)], start_fields=fields)
 
     def changed(self, info: Mapping[str, Any]) -> list[str]:
         """One line for each task whose questions have changed since a checkpoint was written.

@@ -1,11 +1,12 @@
-"""The data that weights were trained on before their run or stage began, as its checkpoints record it. No torch.
+"""Data that weights were trained on before: by earlier attempts, or before their run or stage began. No torch.
 
-A stage has the weights of its main run, and a run of `ckpt fuse` or `ckpt average` those of several runs.
+Checkpoints have the first with the order of the data, and the second in their metadata. A stage has the weights of its
+main run, and a run of `ckpt fuse` or `ckpt average` those of several runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,33 @@ LEARNED = "main_data"  # in the metadata of the stage, beside the step of the ma
 MADE_FROM = "made_from"  # in the metadata of a run with weights of several ones; holds LEARNED too
 
 
-def learned_from(info: Mapping[str, Any]) -> list[dict[str, str]]:
+def learned_from(info: Mapping[str, Any], stream: Sequence[Mapping[str, Any]] = ()) -> list[dict[str, str]]:
     """Paths and identities of the data sets that a checkpoint's run trains on, and that its weights were before it.
 
     Args:
         info: the checkpoint's metadata.
+        stream: as in `read_before`.
     """
     own = [
         (one["path"], one["identity"])
         for one in info.get("data", ())
         if one["weight"] > 0 or any(weight > 0 for _, weight in one.get("later", ()))
     ]
-    found = {identity: path for path, identity in (*recorded(info), *own)}
+    found: dict[str, str] = {}
+    for path, identity in (*own, *read_before(stream), *recorded(info)):
+        found.setdefault(identity, path)
     return [{"path": path, "identity": identity} for identity, path in found.items()]
+
+
+def read_before(stream: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Paths and identities of the data sets of which documents were read before the blend last changed.
+
+    Args:
+        stream: settings of the order of the data, as checkpoints keep them (`mmscale.data.stream.segments`).
+    """
+    parts = (part for segment in stream[:-1] for part in segment["parts"])
+    read = {part["identity"]: part["path"] for part in parts if part.get("taken") or part.get("more")}
+    return [(path, identity) for identity, path in read.items()]
 
 
 def made_from(*infos: Mapping[str, Any], newest: Mapping[str, Any] | None = None) -> dict[str, Any]:

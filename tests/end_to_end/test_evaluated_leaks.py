@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import checkpoints_tools.huggingface.evaluate_export  # noqa: F401  what forked commands would import one by one
+from mmscale.runs.events import BEGINS, read_events
 from tests.end_to_end.running import change_settings, mmscale, ok
 
 
@@ -67,6 +68,31 @@ def test_every_source_of_a_blend_that_is_trained_on(
     change_settings(run, lambda settings: settings["data"].update(path=None, blend=blend))
     lines = leaks(run, "--data", other)
     assert any(f"documents of {digits} too" in line for line in lines) == (weights[1] > 0)
+
+
+@pytest.mark.long
+def test_data_that_a_later_attempt_leaves_out(config: Path, digits: Path, seen: Path, tmp_path: Path) -> None:
+    """The weights know it: the attempt that drops it says so, a further one, `eval`, and a stage on those weights."""
+    other = Path(shutil.copytree(seen, tmp_path / "other"))
+    rate = ("optim.schedule=constant", "optim.warmup=0")
+    settings = ("train", config, f"run.dir={tmp_path}", "parallel.ep=1", "train.eval_every=0", *rate)
+    ok(*settings, "train.steps=1")
+    dropped = ("data.path=null", f"data.blend=[{{path: {digits}, weight: 0}}, {{path: {other}}}]", "--yes")
+    shared = f"of held-out documents of {other} are in training documents of {digits} too"
+    for steps in (2, 3):
+        ended = mmscale(*settings, f"train.steps={steps}", *dropped)
+        assert ended.status == 0 and shared in ended.err, ended
+    run = tmp_path / "tiny"
+    began = [event for event in read_events(run) if event["event"] in BEGINS]
+    assert [any(shared in line for line in event.get("leaks", [])) for event in began] == [False, True, True]
+    assert any(shared in line for line in leaks(run))
+    tuned = ("--stage", "sft", f"sft.path={other}", "sft.steps=1", "sft.warmup=0")
+    ended = mmscale("train", run / "config.yaml", *tuned)
+    assert ended.status == 0 and shared in ended.err, ended
+    assert any(shared in line for line in leaks(run / "sft"))
+    routers = ("--stage", "auxiliary", "auxiliary.steps=1", "auxiliary.calibration_batches=1")
+    ended = mmscale("train", run / "sft" / "config.yaml", *routers)
+    assert ended.status == 0 and shared in ended.err, ended
 
 
 @pytest.mark.parametrize("lost", ["missing", pytest.param("replaced", marks=pytest.mark.long), "other tokenizers"])

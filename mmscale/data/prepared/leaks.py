@@ -78,7 +78,8 @@ def leaks_of_settings(
         trained: names the data that a model was trained on.
         evaluated: names the data that it is evaluated on, which must be readable.
         read: identities of the training documents when they were read; empty: unknown.
-        before: paths and identities of further data sets that the model was trained on, before its run or stage.
+        before: paths and identities of further data sets that the model was trained on before: before its run or stage,
+            or by earlier attempts.
         missing: whether to say of training data that it cannot be compared because it is missing or was replaced.
     """
     blend = read_blend(evaluated)
@@ -106,6 +107,8 @@ def still_as_read(
     known: dict[Path, Manifest] = {}
     lines: list[str] = []
     for path, identities in read:
+        if len(identities) == 1 and set(identities) <= {identity_of(*one) for one in known.items()}:
+            continue  # the same documents, in another folder
         folder = names.get(Path(path).resolve(), Path(path))
         manifest, problem = _as_read(folder, own, identities)
         moved = _moved(own, identities) if manifest is None else None

@@ -6,6 +6,7 @@ a run: `mmscale eval`, `sample`, `report` and `convert` take it, and its config.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmscale.checkpoint import integrity, sharded
@@ -43,12 +44,14 @@ class SftStage(MainStage):
         problem = from_first(self._problem(store, step) if self.given.env.is_first else None)
         if problem is not None:
             raise problem
-        self.state.take_weights(sharded.read(folder, self.state.sharded_weights(), partly=True))
-        return from_first(self._main(store, step) if self.given.env.is_first else None)  # type: ignore[no-any-return]
+        loaded = sharded.read(folder, self.state.sharded_weights(), partly=True)
+        self.state.take_weights(loaded)
+        stream = loaded.get("progress", {}).get("stream", ())
+        return from_first(self._main(store, step, stream) if self.given.env.is_first else None)  # type: ignore[no-any-return]
 
-    def _main(self, store: Store, step: int) -> dict[str, Any]:
+    def _main(self, store: Store, step: int, stream: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """What checkpoints of the stage record of the main checkpoint; it and its run may be removed later."""
-        return main_origin(store, step) | {LEARNED: learned_from(store.info(step))}
+        return main_origin(store, step) | {LEARNED: learned_from(store.info(step), stream)}
 
     def _problem(self, store: Store, step: int) -> CheckpointError | None:
         """Why the main checkpoint cannot be used, after reading and hashing all of its files; None: it can."""

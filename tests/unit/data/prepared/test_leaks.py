@@ -13,13 +13,15 @@ from launch.goodput import goodput
 from mmscale.cli import main
 from mmscale.config import Config
 from mmscale.data.prepared.identity import identity_of
+from mmscale.data.prepared.leaks import leaks_of_settings
 from mmscale.data.prepared.manifest import read_blend, read_manifest
 from mmscale.data.prepared.prepare import prepare
 from mmscale.data.prepared.shared_content import PAGE, Shared
+from mmscale.data.stream.segment_settings import SegmentSource
 from mmscale.report import page
 from mmscale.runs.recorded_leaks import leaks_in
 from mmscale.train.evaluated_on import EvaluatedOn
-from mmscale.train.learned_data import LEARNED, learned_from, made_from
+from mmscale.train.learned_data import LEARNED, learned_from, made_from, read_before
 from mmscale.train.stages import sft_settings
 from tests.unit.data.prepared.test_shared_content import documents
 from tests.unit.data.samples import config, write_jsonl
@@ -182,6 +184,49 @@ def test_a_stage_names_what_the_main_run_has_trained_on(
             "other tokenizers": "which have other tokenizers",
         }
         assert found == [f"held-out documents are not compared with the training documents of {first}, {why[now]}"]
+
+
+@pytest.mark.parametrize("now", ["as it was", "moved", "missing", "other documents", "weight 0", "trained again"])
+@pytest.mark.parametrize("read", [{"taken": 4}, {"more": (2,)}, {}], ids=["read", "with gaps", "not read"])
+def test_a_set_that_an_earlier_attempt_has_read(
+    now: str, read: dict[str, Any], reversed_sets: tuple[Path, Path, str]
+) -> None:
+    """A blend that drops a set leaves its documents in the weights: in the run itself, in `eval` and in a stage."""
+    first, second, _ = reversed_sets
+    identity = identity_of(first, read_manifest(first))
+    part = SegmentSource(path=str(first), identity=identity, share=0.5, **read)
+    own = SegmentSource(path=str(second), identity=identity_of(second, read_manifest(second)), share=0.5, taken=3)
+    stream = json.loads(json.dumps([{"parts": [part.model_dump(), own.model_dump()]}, {"parts": [own.model_dump()]}]))
+    again: list[dict[str, Any]] = []
+    if now == "moved":
+        again = [{"path": str(first.rename(first.parent / "elsewhere")), "weight": 1}]
+    elif now == "missing":
+        shutil.rmtree(first)
+    elif now == "other documents":
+        prepare(config(documents=[str(first.parent / "in" / "d.jsonl")]), first, progress=False, overwrite=True)
+    elif now != "as it was":
+        again = [{"path": str(first), "weight": 0 if now == "weight 0" else 1}]
+    made = on({"path": str(second)}, *again)
+    before = EvaluatedOn.of(made, read_blend(made), {})
+    after = before.with_earlier(made, stream)
+    leaks = after.start_fields.get("leaks", [])
+    evaluated = leaks_of_settings(made, made, read=[own.identity], before=read_before(stream))
+    main = learned_from({"data": [{"path": str(second), "weight": 1.0, "identity": own.identity}]}, stream)
+    assert [one["path"] for one in main] == [str(second), *([str(first)] if read else [])]
+    assert after.lines[: len(before.lines)] == before.lines and after.kept == before.kept
+    new = leaks[len(before.start_fields.get("leaks", [])) :]
+    assert new == [line.removeprefix("note: ") for line in after.lines[len(before.lines) :]]
+    if not read or now in ("moved", "trained again"):  # trained on now, so it is compared anyway
+        assert after == before
+    elif now in ("as it was", "weight 0"):
+        assert len(new) == 2 and all(
+            f"of held-out documents of {second} are in training documents of {first} too" in line for line in new
+        )
+        assert [line for line in evaluated if str(first) in line] == new
+    else:
+        (line,) = new
+        assert f"not compared with the training documents of {first}, which" in line
+        assert line in evaluated
 
 
 def test_documents_of_a_validation_set_without_held_out_ones(tmp_path: Path) -> None:

@@ -40,6 +40,8 @@ _BEFORE = {
     "model.rope_scaling.truncate": True,
 }
 _MISSING = object()
+_SPANS = "objective.image_spans"
+WITHOUT_MASKING = ", without effect while objective.cm3_rate is 0"
 _LONGEST = 300  # characters of a section in a line
 # A change with one of these effects changes what the run optimizes or which data it reads.
 CONFIRMED = frozenset({Effect.FUNCTION, Effect.OBJECTIVE, Effect.DATA})
@@ -53,15 +55,17 @@ class Change:
         key: dotted key.
         old, new: its values as JSON; "(none)" if there was no such key.
         effect: what the setting affects.
+        remark: follows the values when it is printed, e.g. why the setting has no effect.
     """
 
     key: str
     old: str
     new: str
     effect: Effect
+    remark: str = ""
 
     def __str__(self) -> str:
-        return f"{self.key}: {self.old} -> {self.new}"
+        return f"{self.key}: {self.old} -> {self.new}{self.remark}"
 
     @property
     def confirmed(self) -> bool:
@@ -91,7 +95,8 @@ def changes(old: Mapping[str, Any], new: Config) -> list[Change]:
             continue
         if _is_inside(key, sections):
             continue
-        change = Change(key, _shown(one), _shown(other), effect_of(key, new))
+        remark = WITHOUT_MASKING if key == _SPANS and not new.objective.cm3_rate else ""
+        change = Change(key, _shown(one), _shown(other), effect_of(key, new), remark)
         if key in sections:
             change = _of_section(key, old, now, new)
         if change.confirmed or one is not _MISSING or not _is_new_default(key, old, now):

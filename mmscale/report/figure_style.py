@@ -38,6 +38,7 @@ def new_figure(*, width: float, height: float) -> Figure:
 def mark_cuts(axes: Axes, cuts: Iterable[tuple[float, str]]) -> None:
     """Vertical lines at breaks, with the text of each change on the side where it has room, in lines that fit there.
 
+    Of two breaks with the same text at neighbouring steps, of held-out and of training curves, the later one is marked.
     A text that would touch another one is below it. The panel gets its size only when the figure is written, so the
     lengths of texts are estimates, which are rather too long.
 
@@ -46,6 +47,7 @@ def mark_cuts(axes: Axes, cuts: Iterable[tuple[float, str]]) -> None:
         cuts: place and text of each.
     """
     found = sorted(set(cuts))
+    found = [(place, text) for place, text in found if (place + 1, text) not in found]
     places = [place for place, _ in found]
     first, last = min(axes.dataLim.x0, *places, math.inf), max(axes.dataLim.x1, *places, -math.inf)
     per_letter = (last - first) * _LETTER / panel_width(axes)

@@ -6,14 +6,15 @@ The trainer restarts its statistics of held-out values at such a change, and the
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
+from mmscale.config.changes import WITHOUT_MASKING
 from mmscale.config.derived import SOURCE
 from mmscale.runs.held_out import ACCURACY, HeldOut
 
 LEARNING_RATE = "lr"  # column of the metrics
-_ANY = "*"  # all sets of `data.validation`
+_ANY = "*"  # all sets
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Break:
         held_out: losses of all held-out data, and accuracies.
         own: of these only those of held-out documents of the data that is trained on.
         sets: of these only those of sets of `data.validation`, by name; "*": of all of them.
+        parts: of these only those of sets of which other batches are read, by name; "*": of all. Not accuracies,
+            for which all questions are asked.
         tasks: accuracies.
         rate: the learning rate, which begins another schedule; losses are comparable.
     """
@@ -35,6 +38,7 @@ class Break:
     held_out: bool = False
     own: bool = False
     sets: tuple[str, ...] = ()
+    parts: tuple[str, ...] = ()
     tasks: bool = False
     rate: bool = False
 
@@ -46,9 +50,22 @@ class Break:
             self.held_out or other.held_out,
             self.own or other.own,
             tuple(dict.fromkeys((*self.sets, *other.sets))),
+            tuple(dict.fromkeys((*self.parts, *other.parts))),
             self.tasks or other.tasks,
             self.rate or other.rate,
         )
+
+    @property
+    def of_training(self) -> Break:
+        """What of it is not about held-out data; empty if there is nothing."""
+        one = replace(self, held_out=False, own=False, sets=(), parts=(), tasks=False)
+        return one if one.training or one.rate else Break()
+
+    @property
+    def of_held_out(self) -> Break:
+        """What of it is about held-out data; empty if there is nothing."""
+        one = replace(self, training=False, rate=False)
+        return one if one.held_out or one.own or one.sets or one.parts or one.tasks else Break()
 
     def breaks(self, key: str) -> bool:
         """Whether values of a key of metrics.jsonl are not comparable with those before."""
@@ -57,7 +74,10 @@ class Break:
         measured = HeldOut.of(key)
         if measured is None:
             return self.training
-        if self.held_out or (self.tasks and measured.figure.startswith(ACCURACY)):
+        accuracy = measured.figure.startswith(ACCURACY)
+        if self.held_out or (self.tasks and accuracy):
+            return True
+        if not accuracy and (measured.name in self.parts or _ANY in self.parts):
             return True
         if not measured.name or measured.name.startswith(SOURCE):
             return self.own
@@ -87,23 +107,28 @@ _RULES = (
     ("task ", Break(("questions",), tasks=True)),
     ("train.global_batch_size", Break(("batch",), training=True, held_out=True)),
     ("train.micro_batch_size", Break(("batch",), training=True, held_out=True)),
-    ("train.eval_batches", Break(("held-out batches",), held_out=True)),
+    ("train.eval_batches", Break(("held-out batches",), parts=(_ANY,))),
     ("model.seq_length", Break(("sequence length",), training=True, held_out=True)),
 )
 _SET = re.compile(r"data\.validation\.([^\s:]+)")
-_SAME = "the same documents"  # end of the line for a data set that was moved
+# Ends of lines for a data set that was moved, and for a setting that has no effect.
+_SAME = ("the same documents", WITHOUT_MASKING)
 
 
-def break_of(lines: Iterable[str]) -> Break:
+def break_of(lines: Iterable[str], *, parts: Collection[str] | None = None) -> Break:
     """Which values are not comparable after some changes.
 
     Args:
         lines: one for each change, as printed at a resume.
+        parts: names of the sets of which other batches are read than before, as in `HeldOut`; None: unknown.
     """
     found = Break()
     for line in lines:
         if not line.endswith(_SAME):
-            found |= next((_named(one, line) for prefix, one in _RULES if line.startswith(prefix)), Break())
+            one = next((_named(one, line) for prefix, one in _RULES if line.startswith(prefix)), Break())
+            if one.parts and parts is not None:
+                one = replace(one, parts=tuple(parts)) if parts else Break()
+            found |= one
     return found
 
 

@@ -53,6 +53,28 @@ def as_field(extents: Mapping[str, Extent]) -> dict[str, Any]:
     return {FIELD: {name: asdict(one) for name, one in extents.items()}} if extents else {}
 
 
+def extents_before(events: Iterable[Mapping[str, Any]], step: int) -> dict[str, Extent] | None:
+    """Those of the attempt that wrote the checkpoint of a step: the newest one that began before it. None: unknown.
+
+    Args:
+        events: of events.jsonl, in order, up to the resume from that checkpoint.
+        step: of the checkpoint.
+    """
+    begins = [event for event in events if event.get("event") in BEGINS]
+    before = [event for event in begins if type(event.get("step")) is int and event["step"] < step]
+    return extents_in(before[-1:]).get(before[-1].get("attempt", 0)) if before else None
+
+
+def other_parts(before: Mapping[str, Extent] | None, now: Mapping[str, Extent]) -> set[str] | None:
+    """Names of the sets of which an attempt reads other batches than the attempt before it; None: unknown.
+
+    Args:
+        before: of the attempt before, from `extents_before`.
+        now: of this attempt. A set that is new is not among the names.
+    """
+    return None if before is None else {name for name, one in now.items() if before.get(name, one) != one}
+
+
 def extents_in(events: Iterable[Mapping[str, Any]]) -> dict[int, dict[str, Extent]]:
     """Extents by attempt and name of the set; attempts of versions that did not record them are left out.
 

@@ -8,8 +8,6 @@ import gc
 from collections.abc import Callable
 from typing import Any
 
-from megatron.core.process_groups_config import ProcessGroupCollection
-
 from mmscale.checkpoint.manager import CheckpointManager
 from mmscale.data.prepared.identity import identities
 from mmscale.data.prepared.manifest import read_blend
@@ -35,7 +33,7 @@ from mmscale.train.boundary import StepBoundary
 from mmscale.train.data_check import DataCheck
 from mmscale.train.data_place import find_place
 from mmscale.train.evaluated_on import EvaluatedOn
-from mmscale.train.held_out_evaluation import HeldOutEvaluation
+from mmscale.train.held_out_evaluation import HeldOutEvaluation, other_batches
 from mmscale.train.hooks import PlaceHook, common_hooks
 from mmscale.train.log.exposure import planned_sources
 from mmscale.train.log.profile_window import ProfileWindow
@@ -59,10 +57,7 @@ FINISHED, STOPPED = 0, 75
 
 
 class Attempt:
-    """One attempt. Every rank has one, and all methods are called on every rank.
-
-    Everything that must be closed is put on the exit stack as soon as it is open.
-    """
+    """One attempt. All methods are called on every rank. What must be closed goes on the exit stack once it is open."""
 
     def __init__(
         self,
@@ -78,8 +73,7 @@ class Attempt:
         starting: ActivityReporter,
     ) -> None:
         self.entry, self.given, self.stop, self.stack, self.starting = entry, given, stop, stack, starting
-        self.config, self.env, self.folder = given.settings, given.env, given.folder
-        self.groups: ProcessGroupCollection = given.groups
+        self.config, self.env, self.folder, self.groups = given.settings, given.env, given.folder, given.groups
         self.train_data, self.fence = train_data, fence
         config, env = self.config, self.env
         self.faults = Faults.of_rank(env.rank)
@@ -184,7 +178,8 @@ class Attempt:
         )
         if self.faults.text:
             self.logs.add_event("faults_requested", faults=self.faults.text)
-        self.watch.resume(changed or [])
+        parts = other_batches(self.folder, self.tools.extents, state.step, first=self.env.is_first)
+        self.watch.resume(changed or [], parts=parts)
         if self.watch.is_over():
             return self._done()
         moved = self._seek()

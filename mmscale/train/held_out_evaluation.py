@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -13,9 +14,11 @@ from mmscale.data.stream.mixture import Mixture
 from mmscale.data.stream.passes import SOURCES
 from mmscale.model.auxiliary import RouterLearning
 from mmscale.resilience.signals import StopRequest
-from mmscale.runs.extents import Extent
+from mmscale.runs.events import read_events
+from mmscale.runs.extents import Extent, extents_before, other_parts
 from mmscale.runs.held_out import ACCURACY
 from mmscale.runtime import device
+from mmscale.runtime.groups import from_first
 from mmscale.tables.routings import Routing
 from mmscale.train.stage_state import StageState
 from mmscale.train.steps.answers import answers
@@ -119,3 +122,16 @@ class HeldOutEvaluation:
         self.at("eval", self.state.step)
         if self.stop.agreed(device.taken()):
             raise CutShortError
+
+
+def other_batches(folder: Path, extents: Mapping[str, Extent], step: int, *, first: bool) -> set[str] | None:
+    """Names of the sets of which other batches are read than in the attempt before; None: unknown. Every rank calls it.
+
+    Args:
+        folder: of the stage.
+        extents: of this attempt.
+        step: of the checkpoint from which it resumes.
+        first: whether this is rank 0, which reads the events.
+    """
+    found = other_parts(extents_before(read_events(folder), step), extents) if first else None
+    return from_first(found)  # type: ignore[no-any-return]

@@ -274,7 +274,9 @@ class Chart {
     const { top, bottom } = this.box, rows = [], labels = [];
     DATA.runs.forEach((run, number) => {
       const own = this.shown().filter((line) => line.run === number);
-      for (const cut of run.cuts.filter((_, place) => own.some((line) => line.cuts.includes(place)))) {
+      const shown = run.cuts.filter((_, place) => own.some((line) => line.cuts.includes(place)));
+      // Of two with the same text at neighbouring steps, of held-out and of training curves, the later one.
+      for (const cut of shown.filter((one) => !shown.some((other) => other.text === one.text && other.step === one.step + 1))) {
         const place = eventPlace(run, cut), x = place === null ? null : this.sx(place);
         if (x === null || place < this.x0 || place > this.x1) continue;
         parent.append(el("line", { class: "cut", x1: x, x2: x, y1: top, y2: bottom, stroke: "var(--soft)", "stroke-width": 1.4 }));

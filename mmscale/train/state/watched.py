@@ -7,7 +7,7 @@ user is warned when the held-out loss rises.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from mmscale.checkpoint.save_settings import BestCheckpoint
@@ -78,13 +78,14 @@ class Watch:
         self.update_best()
         self._note_rising(step)
 
-    def resume(self, changed: Sequence[str]) -> None:
+    def resume(self, changed: Sequence[str], *, parts: Collection[str] | None = None) -> None:
         """Continue the trends of the state, unless held-out values are not comparable any more.
 
         Args:
             changed: one line for each change since the checkpoint.
+            parts: as for `break_of`.
         """
-        found = break_of(changed)
+        found = break_of(changed, parts=parts)
         broken = [name for name in self.state.watched if found.breaks(name)]
         if broken:
             self._forget(broken)

@@ -19,6 +19,8 @@ from mmscale.report import figures, page, pictures
 from mmscale.report.breaks import Cut, cuts_of
 from mmscale.report.downsample import Downsampler
 from mmscale.runs.breaks import Break, break_of
+from mmscale.runs.events import read_events
+from mmscale.runs.extents import Extent, as_field, extents_before, other_parts
 from mmscale.train.log.metrics_log import MetricsLog
 from tests.unit.report.test_page import data_of
 
@@ -52,6 +54,63 @@ def test_a_change_of_settings_breaks_what_it_should(change: str) -> None:
     assert (found.breaks("loss/text"), found.breaks("eval/loss")) == CHANGED[change]
 
 
+@pytest.mark.parametrize("spans", [("whole", "none"), ("partial", "whole")])
+@pytest.mark.parametrize("before", [0.0, 0.5])
+@pytest.mark.parametrize("after", [0.0, 0.5])
+def test_spans_of_documents_that_are_not_masked(before: float, after: float, spans: tuple[str, str]) -> None:
+    """They have no effect while nothing is masked, which the line says."""
+    base = {"model": MODEL | {"seq_length": 32}, "data": {"path": "d"}, "vocab": {"reserved": True}}
+    rates = [f"objective.cm3_rate={rate}" for rate in (before, after)]
+    old, new = (resolve(base, [rate, f"objective.image_spans={one}"]) for rate, one in zip(rates, spans, strict=True))
+    lines = [str(one) for one in changes(old.model_dump(mode="json"), new)]
+    assert any("image_spans" in line for line in lines)
+    assert any(line.endswith("without effect while objective.cm3_rate is 0") for line in lines) == (after == 0)
+    found = break_of(lines)
+    assert found.breaks("loss/text") == bool(before or after) and not found.breaks("eval/loss")
+
+
+def _lines(events: list[dict[str, Any]]) -> str:
+    """The content of events.jsonl."""
+    return "".join(json.dumps({"time": 0.0, **event}) + "\n" for event in events)
+
+
+# How much of each set two attempts read, and the sets of which they read other batches.
+PARTS: dict[str, tuple[dict[str, Extent], dict[str, Extent], set[str]]] = {
+    "all whole": ({"": Extent(3, 3), "web": Extent(2, 2)}, {"": Extent(3, 3), "web": Extent(2, 2)}, set()),
+    "one in part": ({"": Extent(3, 9), "web": Extent(2, 2)}, {"": Extent(5, 9), "web": Extent(2, 2)}, {""}),
+    "from a part to the whole": (
+        {"": Extent(3, 3), "web": Extent(1, 2)},
+        {"": Extent(3, 3), "web": Extent(2, 2)},
+        {"web"},
+    ),
+    "a new set": ({"": Extent(3, 3)}, {"": Extent(3, 3), "web": Extent(1, 2)}, set()),
+    "unknown": ({}, {"": Extent(3, 3), "web": Extent(1, 2)}, {"", "web"}),
+}
+
+
+@pytest.mark.parametrize("between", [False, True], ids=["next", "after an attempt that was rolled back"])
+@pytest.mark.parametrize("parts", PARTS)
+def test_another_number_of_batches_breaks_sets_of_which_others_are_read(
+    parts: str, between: bool, tmp_path: Path
+) -> None:
+    """Not sets that are read whole before and after, and not accuracies: all questions are asked."""
+    before, now, broken = PARTS[parts]
+    resume: dict[str, Any] = {"event": "resume", "attempt": 3, "step": 20, "changed": ["train.eval_batches: 3 -> 5"]}
+    events: list[dict[str, Any]] = [{"event": "start", "attempt": 1, "step": 0, **as_field(before)}]
+    if between:  # its steps are done again
+        events.append(
+            {"event": "resume", "attempt": 2, "step": 30, **as_field({"": Extent(1, 9), "web": Extent(1, 2)})}
+        )
+    events.append(resume | as_field(now))
+    cuts = cuts_of(tmp_path, events)
+    keys = {"": "eval/causal/loss/text", "web": "eval/validation/web/loss"}
+    assert {name for name, key in keys.items() if any(cut.breaks(key) for cut in cuts)} == broken
+    assert len(cuts) == bool(broken) and not any(cut.breaks("eval/accuracy/which") for cut in cuts)
+    (tmp_path / "events.jsonl").write_text(_lines(events[:-1]))
+    known = other_parts(extents_before(read_events(tmp_path), 20), now)
+    assert (set(now) if known is None else known) == broken  # what the trainer finds
+
+
 @pytest.mark.parametrize(("line", "training", "held_out"), [
     ("data: d holds other documents", True, True),
     ("data: d is left out", True, True),
@@ -76,7 +135,7 @@ OF_SETS: dict[str, tuple[bool, bool, bool]] = {
     "data.validation.web holds other documents: its losses are not comparable with earlier ones": (False, True, False),
     'data.validation: {"web": "x"} -> {}': (False, True, True),
     "data: d is new": (True, False, False),
-    "train.eval_batches: 2 -> 3": (True, True, True),
+    "train.eval_batches: 2 -> 3": (True, True, False),
     "task which has other questions": (False, False, True),
 }
 
@@ -107,7 +166,7 @@ def make_run(folder: Path, *, changed: list[str], resumed: int = 20, steps: int 
 
 @pytest.mark.parametrize(("line", "broken"), [
     ("data.blend: x -> y", {"loss/text", "eval/loss/text", *ACCURACIES}),
-    ("train.eval_batches: 2 -> 3", {"eval/loss/text", *ACCURACIES}),
+    ("train.eval_batches: 2 -> 3", {"eval/loss/text"}),
     (*replaced([{"name": "which", "identity": "a"}], [{"name": "which", "identity": "b"}]), ACCURACIES),
     ("data: share of d: 0.5 -> 0.9", {"loss/text"}),
     ("optim.lr: 1 -> 2", set()),
@@ -146,6 +205,54 @@ def test_labels_of_several_runs_name_the_run(tmp_path: Path, monkeypatch: pytest
     labels.clear()
     pictures.write_pictures(runs, tmp_path / "report.html")
     assert set(labels) == set(wanted)
+
+
+@pytest.mark.parametrize("again", ["", "interrupted twice", "made by an attempt without changes"])
+@pytest.mark.parametrize(("line", "training", "held_out"), [
+    ("data.path: x -> y", True, True),
+    ('data.validation.web: "a" -> "b"', False, True),
+    ("train.modality_weights: {} -> {text: 2}", True, False),
+    ("learning rate: 1e-05 -> 0.001 at step 21 (x 100)", False, False),
+])  # fmt: skip
+def test_an_evaluation_that_was_postponed_is_of_the_attempt_that_made_it(
+    line: str, training: bool, held_out: bool, again: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stop request interrupted the evaluation of step 20, and the next attempt made it with other settings."""
+    short = {"event": "evaluation_cut_short", "attempt": 1, "step": 20}
+    events: list[dict[str, Any]] = [{"event": "start", "attempt": 1, "step": 0}, short]
+    if again:
+        events.append({"event": "resume", "attempt": 2, "step": 20, "changed": []})
+        events += [short | {"attempt": 2}] if again == "interrupted twice" else []
+    last = 3 if again else 2
+    events.append({"event": "resume", "attempt": last, "step": 20, "changed": [line]})
+    log = MetricsLog(tmp_path, attempt=1)
+    key = "eval/validation/web/loss"
+    for step in range(1, 31):
+        if step == 21:
+            log.close()
+            log = MetricsLog(tmp_path, attempt=last)
+            log.write(20, {key: 1.0})  # postponed
+        log.write(step, {"loss": 1.0, "lr": 1.0})
+        if step % 5 == 0 and step != 20:
+            log.write(step, {key: 1.0})
+    log.close()
+    (tmp_path / "events.jsonl").write_text(_lines(events))
+    (run,) = page.read_runs([tmp_path], goodput=goodput)
+    drawn = page.curves([run])
+    gaps = {name: drawn.found[0, name].gaps.tolist() for name in ("loss", "lr", key) if (0, name) in drawn.found}
+    own = key if "validation" in line or not held_out else None
+    before = 4 if again.startswith("made") else 3  # of the values at 5, 10, 15, 20, 25 and 30
+    if own is not None:
+        assert gaps[key] == ([before] if held_out else [])
+    assert gaps["loss"] == ([20] if training else []) and gaps["lr"] == ([20] if line.startswith("learning") else [])
+    assert max((cut.step for cut in run.cuts if cut.breaks("eval/loss")), default=0) == (
+        0 if "validation" in line or not held_out else 20 if before == 4 else 19
+    )
+    marked: list[tuple[float, str]] = []
+    plain = pictures.mark_cuts
+    monkeypatch.setattr(pictures, "mark_cuts", lambda axes, cuts: (marked.extend(cuts), plain(axes, cuts)))
+    pictures.write_pictures([run], tmp_path / "r.html", drawn=drawn)
+    assert {step for step, _ in marked} <= {19, 20}
 
 
 def test_steps_that_are_done_again_leave_no_break(tmp_path: Path) -> None:

@@ -106,6 +106,15 @@ def test_only_what_a_change_concerns_is_looked_for_again(line: str, forgotten: s
     assert {LOSS, books} - run.watched.keys() == forgotten
 
 
+@pytest.mark.parametrize(("parts", "forgotten"), [(None, True), ({""}, True), ({"books"}, False), (set(), False)])
+def test_a_set_that_is_read_as_before_keeps_its_best(parts: set[str] | None, forgotten: bool) -> None:
+    """`train.eval_batches` changed; the names are of the sets of which other batches are read, None: unknown."""
+    run, settings = Run(), config(f"checkpoint.keep_best={LOSS}")
+    run.evaluate(run.watch(settings), 1.0)
+    run.watch(settings).resume(["train.eval_batches: 2 -> 4"], parts=parts)
+    assert (LOSS not in run.watched) is forgotten and (run.best is None) is forgotten
+
+
 values = st.lists(st.one_of(st.floats(0, 10), st.just(math.nan), st.just(math.inf)), max_size=20)
 
 

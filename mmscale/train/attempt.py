@@ -97,7 +97,8 @@ class Attempt:
             Progress(config.train.steps, enabled=first, copy=self.logs.transcript.say, starting=starting)
         )
         blend = read_blend(config)
-        self.evaluated_on = from_first(EvaluatedOn.of(config, blend, tasks, self.stage.origin()) if first else None)
+        before = {**self.stage.begins_from, **self.stage.origin()}  # a fine-tuned run says what its main run read
+        self.evaluated_on = from_first(EvaluatedOn.of(config, blend, tasks, before) if first else None)
         self.data = from_first(identities(config, blend) if first else None)
         say, add_event = self.progress.say, self.logs.add_event
         self.mirror = stack.enter_context(mirroring(given, stop=stop, on_event=add_event, say=say))

@@ -53,7 +53,8 @@ class EvaluatedOn:
             config: names sets and tasks.
             blend: the training data.
             tasks: the questions of each task of `train.tasks`.
-            origin: `BuiltStage.origin`: the data of the main run that its weights are from counts as trained on.
+            origin: `BuiltStage.origin`, with the metadata of the checkpoint that the stage begins from: the data of the
+                main run that its weights are from counts as trained on.
         """
         sets = read_validation(config, blend)
         lines = [one.describe() for one in sets]

@@ -22,7 +22,6 @@ from checkpoints_tools.huggingface.export_settings import (
     REPORT,
     read_config,
     tokenizers_of_export,
-    trained_before,
 )
 from checkpoints_tools.huggingface.generator import Generator, open_generator
 from mmscale.config.derived import global_micro_batches
@@ -87,8 +86,7 @@ def evaluate_export(
     vocabulary, trained = Vocabulary.from_config(config.vocab), trained_tokenizers(folder)
     check_evaluated_tokenizers(config, trained, where=str(folder))
     result: dict[str, Any] = {"run": str(folder), "step": generator.step, "routing": generator.routing}
-    before = trained_before(read_config(folder))
-    if lines := leaks_of_settings(generator.config, config, before=before, missing=False):
+    if lines := leaks_of_settings(generator.config, config, before=generator.history.before, missing=False):
         result[FIELD] = lines
     scorer = _ExportScorer(generator, vocabulary, batches, at)
     result |= measured(scorer, config, tasks=tasks, questions=questions)

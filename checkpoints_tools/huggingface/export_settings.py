@@ -6,17 +6,16 @@ mmscale.json, which is read too.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from checkpoints_tools.huggingface.shipped.versions_moma import NEWEST, OLDEST
+from checkpoints_tools.huggingface.training_history import TrainingHistory
 from mmscale import bounded
 from mmscale.config import Config
 from mmscale.config.model.schema import MOST_LAYERS
 from mmscale.data.prepared.manifest import by_modality
 from mmscale.errors import CheckpointError
-from mmscale.train.learned_data import LEARNED, recorded
 
 CONFIG = "config.json"
 REPORT = "conversion_report.json"
@@ -25,19 +24,18 @@ _BEFORE = "mmscale.json"
 _SUFFIX = "_tokenizer"
 
 
-def settings(config: Config, tokenizers: dict[str, Any], info: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def settings(config: Config, tokenizers: dict[str, Any], history: TrainingHistory) -> dict[str, Any]:
     """The content of config.json under `mmscale`.
 
     Args:
         config: the run's configuration.
         tokenizers: fingerprints of the data set's tokenizers, `text_tokenizer` and so on; other entries are ignored.
-        info: the checkpoint's metadata; its weights may have been trained on data that `config` does not name.
+        history: what the model was trained with.
     """
-    before = [{"path": path, "identity": identity} for path, identity in recorded(info or {})]
     found = {name: str(value) for name, value in tokenizers.items() if name.endswith(_SUFFIX)}
     tested = {"oldest": OLDEST, "newest": NEWEST}
     held = {"format": 1, "config": config.model_dump(mode="json"), "tokenizers": found, "tested_transformers": tested}
-    return {KEY: held | ({LEARNED: before} if before else {})}
+    return {KEY: held | history.as_fields()}
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -105,23 +103,25 @@ def config_of_export(folder: Path, content: dict[str, Any]) -> Config:
             f"{folder} was not exported by mmscale (no {KEY} in its {CONFIG})",
             remedy="name a run, or a folder that `mmscale convert to-hf` made",
         )
+    return _held(folder, content)[0]
+
+
+def history_of_export(folder: Path, content: dict[str, Any]) -> TrainingHistory:
+    """What the model was trained with. Arguments and errors as for `config_of_export`."""
+    return _held(folder, content)[1]
+
+
+def _held(folder: Path, content: dict[str, Any]) -> tuple[Config, TrainingHistory]:
     where = folder / (CONFIG if KEY in content else _BEFORE)
     try:
         held = content[KEY] if KEY in content else bounded.read_json(where)
-        return Config.model_validate(held["config"])
+        config = Config.model_validate(held["config"])
+        return config, TrainingHistory.of_export(held, config)
     except (OSError, *bounded.BAD_CONTENT) as error:  # ValidationError is a ValueError
         raise CheckpointError(
             f"{where} holds no configuration of this version: {str(error).splitlines()[0]}",
             remedy="use the version of mmscale that wrote it",
         ) from None
-
-
-def trained_before(content: dict[str, Any]) -> list[tuple[str, str]]:
-    """Paths and identities of the data sets that the weights were trained on before their run or stage began."""
-    try:
-        return [(str(path), str(identity)) for path, identity in recorded(content)]
-    except bounded.BAD_CONTENT:
-        return []
 
 
 def tokenizers_of_export(folder: Path, content: dict[str, Any]) -> dict[str, str]:

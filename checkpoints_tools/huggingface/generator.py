@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from checkpoints_tools.huggingface.export_checks import no_messages, no_modality
 from checkpoints_tools.huggingface.export_settings import (
     CONFIG,
     config_of_export,
+    history_of_export,
     read_config,
     refuse_quantised,
 )
@@ -53,6 +54,7 @@ from checkpoints_tools.huggingface.to_hf import (
     causal_routers,
     tokenizers_of,
 )
+from checkpoints_tools.huggingface.training_history import TrainingHistory
 from checkpoints_tools.huggingface.verify import check_digests, is_used
 from checkpoints_tools.huggingface.weights import model_type
 from mmscale.checkpoint import integrity
@@ -102,12 +104,13 @@ class Generator:
     """A model with its tokenizers.
 
     Attributes:
-        config: the configuration that it was trained with.
+        config: the configuration that it was trained with; `objective` has the causal masking that it has learned.
         step: of the checkpoint; None: of an exported folder.
         routing: mode by which experts are assigned to tokens; "none" for a model without routing.
         model: of transformers.
         processor: converts text and images to ids and back.
         use_cache: whether the model has a cache.
+        history: what it was trained with besides `config`.
     """
 
     config: Config
@@ -116,6 +119,7 @@ class Generator:
     model: Any
     processor: MomaProcessor
     use_cache: bool = True
+    history: TrainingHistory = field(default=TrainingHistory(None))
 
     def sample(self, prompts: Sequence[Prompt], *, count: int = 1, sampling: Sampling) -> list[DecodedSample]:
         """Continue every prompt `count` times.
@@ -243,7 +247,9 @@ def _of_run(run: Path, step: int | None, routing: str) -> Generator:
     for move in listed:
         weights |= zip(move.targets, move.split(source.read(move.source)), strict=True)
     model = _loaded(content, weights, where=source.path)
-    return Generator(config, source.step, routing if config.model.routes else "none", model, _processor(config, own))
+    name = routing if config.model.routes else "none"
+    history = TrainingHistory.of_run(source)
+    return Generator(history.applied_to(config), source.step, name, model, _processor(config, own), history=history)
 
 
 @contextlib.contextmanager
@@ -273,7 +279,9 @@ def open_on_ranks(
     with open_run(run, step=source.step, dtype=dtype, env=env) as model:
         on_ranks = ModelOnRanks(model, Routing(routing)).eval()
         name = routing if config.model.routes else "none"
-        yield Generator(config, source.step, name, on_ranks, _processor(config, own), use_cache=False)
+        history, processor = TrainingHistory.of_run(source), _processor(config, own)
+        learned = history.applied_to(config)
+        yield Generator(learned, source.step, name, on_ranks, processor, use_cache=False, history=history)
 
 
 def _processor(config: Config, own: DataTokenizers) -> MomaProcessor:
@@ -301,7 +309,9 @@ def _of_folder(folder: Path, routing: str | None) -> Generator:
     refuse_two_output_layers(files, tied=bool(content.get("tie_word_embeddings")))
     model = _loaded(content, {name: files.read(name) for name in sorted(files.names())}, where=folder)
     processor = _saved_processor(folder)
-    return Generator(config, None, content["routing"] if config.model.routes else "none", model, processor)
+    name = content["routing"] if config.model.routes else "none"
+    history = history_of_export(folder, content)
+    return Generator(history.applied_to(config), None, name, model, processor, history=history)
 
 
 def _saved_processor(folder: Path) -> MomaProcessor:

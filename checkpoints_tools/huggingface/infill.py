@@ -118,8 +118,8 @@ def refuse_untrained(config: Config) -> None:
         )
     if not config.objective.cm3_rate:
         raise UsageError(
-            "--infill: in its last attempt this model was not trained to fill holes (objective.cm3_rate is 0)",
-            remedy="train with objective.cm3_rate, e.g. 0.5, or use a checkpoint of an attempt that had it: RUN@STEP",
+            "--infill: this model was not trained to fill holes (objective.cm3_rate was 0 in all attempts)",
+            remedy="train with objective.cm3_rate, e.g. 0.5",
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -23,12 +24,14 @@ class RunWeights:
 
     Attributes:
         config: the configuration that the main checkpoint was written with.
+        stream: settings of the order of its data so far (`mmscale.data.stream.segments`); empty in older checkpoints.
     """
 
     def __init__(self, run: Path, step: int | None) -> None:
         self.main = open_tensors(run, step)
         self.path, self.step = self.main.path, self.main.step
         self.config = config_of(self.main.info(), where=self.path, run=run)
+        self.stream: list[dict[str, Any]] = self.main.common().get("progress", {}).get("stream", [])
         self.parents = [self.main]
         self._of = dict.fromkeys(self.main.names(weights=True), self.main)
         if (routers := find_routers(run, self.step)) is not None:

@@ -25,6 +25,7 @@ from checkpoints_tools.huggingface.files import WrittenWeights, unaccounted, wri
 from checkpoints_tools.huggingface.model_config import CODE, PROCESSOR, generation_config, model_config
 from checkpoints_tools.huggingface.run_weights import RunWeights
 from checkpoints_tools.huggingface.shipped.versions_moma import NEWEST, OLDEST
+from checkpoints_tools.huggingface.training_history import TrainingHistory
 from checkpoints_tools.huggingface.weights import Move, is_native, moves
 from mmscale import bounded
 from mmscale.checkpoint import integrity, publish
@@ -117,7 +118,7 @@ def export(
             thresholds=thresholds,
             routing=routing,
             tokens_per_image=own.tokens_per_image,
-        ) | settings(config, own.about, source.main.info())
+        ) | settings(config, own.about, TrainingHistory.of_run(source))
         _write_companions(folder, config, own)
         on_stage("files")
         report = _judged(folder, content, run, source, config, own, written, out, routing=routing, on_stage=on_stage)

@@ -86,7 +86,7 @@ def test_data_that_a_later_attempt_leaves_out(config: Path, digits: Path, seen: 
     began = [event for event in read_events(run) if event["event"] in BEGINS]
     assert [any(shared in line for line in event.get("leaks", [])) for event in began] == [False, True, True]
     assert any(shared in line for line in leaks(run))
-    tuned = ("--stage", "sft", f"sft.path={other}", "sft.steps=1", "sft.warmup=0")
+    tuned = ("--stage", "sft", f"sft.path={other}", "sft.steps=1", "sft.optim.warmup=0")
     ended = mmscale("train", run / "config.yaml", *tuned)
     assert ended.status == 0 and shared in ended.err, ended
     assert any(shared in line for line in leaks(run / "sft"))

@@ -147,6 +147,38 @@ def test_run_and_export_fill_holes_alike(models: tuple[Path, Path, Path], tmp_pa
     assert (before[:4] == after[:4]).all() and (before[:, 4:] == after[:, 4:]).all()
 
 
+@pytest.mark.long
+def test_holes_are_filled_after_an_attempt_without_them(
+    models: tuple[Path, Path, Path], masked: Path, tmp_path: Path
+) -> None:
+    """The weights have learned it, whatever the newest settings say: the run, its export, and the export's own code."""
+    from transformers import AutoModelForCausalLM
+
+    from checkpoints_tools.huggingface.shipped.decoding_moma import masking_rate
+
+    run, _, picture = models
+    shutil.copytree(run, tmp_path / "masked")
+    plain = ("objective.cm3_rate=0", "objective.image_spans=none", "train.steps=31", "train.eval_every=0", "--yes")
+    trained(masked, tmp_path, *plain)
+    own, export = tmp_path / "masked", tmp_path / "hf"
+    ok("convert", "to-hf", own, export, timeout_s=600)
+    assert (
+        json.loads((export / "config.json").read_text())["mmscale"]["config"]["objective"]["cm3_rate"] == 0
+    )  # the settings stay what they were
+    ways: list[tuple[str | Path, ...]] = [
+        ("--infill", "<hole> seven", "--image", picture, "--mask", "0,1,1,1"),
+        ("--prompt", "a two", "--draw", "--guidance", "2", "--unconditional", "mask"),
+    ]
+    for way in ways:
+        one, other = (
+            infilled(model, *way, "--count", "1", "--max-tokens", "4", "--out", tmp_path / "out" / model.name)
+            for model in (own, export)
+        )
+        assert [sample["tokens"] for sample in one["samples"]] == [sample["tokens"] for sample in other["samples"]]
+    model = AutoModelForCausalLM.from_pretrained(export, trust_remote_code=True)
+    assert masking_rate(model) == pytest.approx(0.8)
+
+
 def test_the_processor_of_an_export_fills_holes_alike(models: tuple[Path, Path, Path], tmp_path: Path) -> None:
     """Token by token what the command gives, with what an export's user loads."""
     import torch

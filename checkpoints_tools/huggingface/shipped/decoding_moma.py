@@ -96,8 +96,10 @@ def _before(processor: Any, model: Any, unconditional: str) -> list[int]:
 
 
 def masking_rate(model: Any) -> float:
-    """The share of its training documents that had holes; 0: none, or it is unknown."""
+    """The share of its training documents that had holes when it learned to fill them; 0: never, or it is unknown."""
     run = getattr(model.config, "mmscale", None) or {}
+    if run.get("masking"):  # of an attempt before the one with the newest settings
+        return float(run["masking"]["rate"])
     return float(run.get("config", {}).get("objective", {}).get("cm3_rate", 0.0))
 
 

@@ -66,7 +66,7 @@ class EvaluatedOn:
         chances = {name: chance for name, items in tasks.items() if (chance := chance_of(items)) is not None}
         own = dict(blend) | {one.folder: one.manifest for one in sets}
         learned, unknown = learned_sets(origin or {}, own)
-        trained = learned | {Path(one.path): blend[Path(one.path)] for one in config.data.sources if one.trained}
+        trained = {Path(one.path): blend[Path(one.path)] for one in config.data.sources if one.trained} | learned
         whole = {one.folder for one in sets if one.split != HELD_OUT}
         leaks = leaks_of(trained, own, whole=whole) + unknown
         lines += [f"note: {line}" for line in (*leaks, *other_settings(config))]

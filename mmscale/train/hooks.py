@@ -18,6 +18,7 @@ from mmscale.runs.extents import Extent
 from mmscale.runs.held_out import HeldOut, with_how, words_of
 from mmscale.runtime.groups import from_first, gathered
 from mmscale.tables.routings import Routing, measured_routings
+from mmscale.train.log.flops_so_far import FlopsSoFar
 from mmscale.train.log.metrics_log import MetricsLog
 from mmscale.train.log.progress_lines import Progress
 from mmscale.train.log.run_logs import RunLogs
@@ -59,6 +60,8 @@ class LogHook:
         self.clock = clock
         self.progress = progress
         self.metrics = metrics
+        each = clock.flops_per_token
+        self._flops = None if metrics is None or each is None else FlopsSoFar(metrics.folder, per_token=each)
 
     def on_step(self, state: StageState, report: StepReport) -> None:
         """Reads from the device only on logged steps."""
@@ -78,8 +81,9 @@ class LogHook:
                 **self.more(),
                 **_anomalies(state),
             }
-            if self.clock.flops_per_token is not None:
-                values["flops"] = state.tokens * self.clock.flops_per_token
+            if self._flops is not None:
+                of_step = sum(report.batch.counts)
+                values["flops"] = self._flops.at(report.step, tokens=state.tokens, of_step=of_step)
             self.metrics.write(report.step, values)
             self.progress.update(report.step, values)
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mmscale.runs.metrics import read_metrics
@@ -37,6 +38,9 @@ def test_a_run_goes_on_with_longer_sequences_and_yarn(config: Path, tmp_path: Pa
     assert [line["step"] for line in steps] == [*range(1, 9)]
     trained = [line["tokens"] for line in steps]
     assert trained[3] <= 4 * 4 * 64 and trained[-1] - trained[-2] > 4 * 64  # loss over more than short sequences hold
+    each = np.diff([line["flops"] for line in steps], prepend=0) / np.diff(trained, prepend=0)
+    assert each[:4] == pytest.approx(each[0]) and each[4:] == pytest.approx(each[4])
+    assert each[4] > 1.05 * each[0]  # attention among more tokens
     exported = mmscale("convert", "to-hf", run, tmp_path / "hf")
     assert exported.status == 0, exported
     gate = json.loads((tmp_path / "hf" / "conversion_report.json").read_text())["gate"]

@@ -36,7 +36,7 @@ class MetricsLog:
         may_write: Callable[[], None] | None = None,
         writer: DiskWriter | None = None,
     ) -> None:
-        self.attempt = attempt
+        self.attempt, self.folder = attempt, run_dir
         self.rollback = 0
         self._owned = writer is None
         self._writer = writer or DiskWriter(str(run_dir))

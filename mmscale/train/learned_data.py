@@ -46,6 +46,20 @@ def read_before(stream: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     return [(path, identity) for identity, path in read.items()]
 
 
+def carried(info: Mapping[str, Any]) -> dict[str, Any]:
+    """Metadata of a run that trains a checkpoint further: what its weights were trained on before its own run or stage.
+
+    Args:
+        info: the checkpoint's metadata, or that of a stage's folder.
+
+    Returns:
+        Empty if nothing is recorded.
+    """
+    found = {identity: path for path, identity in recorded(info)}
+    before = [{"path": path, "identity": identity} for identity, path in found.items()]
+    return {MADE_FROM: {LEARNED: before}} if before else {}
+
+
 def made_from(*infos: Mapping[str, Any], newest: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Metadata of a run with weights of several checkpoints: what they were trained on.
 
@@ -58,8 +72,10 @@ def made_from(*infos: Mapping[str, Any], newest: Mapping[str, Any] | None = None
     """
     known = {one["identity"] for one in learned_from(newest or {})}
     found = {one["identity"]: one for info in infos for one in learned_from(info) if one["identity"] not in known}
-    before = [{"path": path, "identity": identity} for path, identity in recorded(newest or {})]
-    return {MADE_FROM: {LEARNED: [*before, *found.values()]}} if found else {}
+    if not found:
+        return {}
+    before = carried(newest or {}).get(MADE_FROM, {LEARNED: []})
+    return {MADE_FROM: {LEARNED: [*before[LEARNED], *found.values()]}}
 
 
 def learned_sets(origin: Mapping[str, Any], own: Mapping[Path, Manifest]) -> tuple[dict[Path, Manifest], list[str]]:

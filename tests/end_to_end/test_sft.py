@@ -199,11 +199,16 @@ def test_the_folder_is_that_of_a_run(folder: Path, tuned: Tuned, tmp_path: Path)
 
 @pytest.mark.long
 def test_it_is_given_routers_and_exported(folder: Path, tuned: Tuned, tmp_path: Path) -> None:
-    """Asked by its template, run and export answer the same."""
+    """It is trained further, too. Asked by its template, run and export answer the same."""
     run = moved(tuned, tmp_path)
+    ok("train", run / "config.yaml", f"train.steps={STEPS + 1}", "optim.schedule=constant", "optim.lr=1e-5")
+    began, resumed = [event for event in read_events(run) if event["event"] in ("start", "resume")]
+    learned = began["sft"]["main_data"]
+    assert resumed["leaks"] == began["leaks"] and resumed["made_from"]["main_data"] == learned
     routers = ("auxiliary.steps=2", "auxiliary.calibration_batches=0")
     ok("train", run / "config.yaml", "--stage", "auxiliary", *routers)
     ok("convert", "to-hf", run, tmp_path / "hf", timeout_s=600)
+    assert json.loads((tmp_path / "hf/config.json").read_text())["mmscale"]["main_data"] == learned
     picture = folder / "chat/held_out_0000.png"
     asked = ("--chat", "--image", picture, "--prompt", "Which digit is this?", "--count", "1", "--temperature", "0")
     answers = [

@@ -14,7 +14,7 @@ from mmscale.runtime import device
 from mmscale.runtime.groups import from_first
 from mmscale.train.assembly import build as build_parts
 from mmscale.train.hooks import EvalHook
-from mmscale.train.learned_data import MADE_FROM
+from mmscale.train.learned_data import carried
 from mmscale.train.log.layers_log import LayersHook
 from mmscale.train.log.progress_lines import banner, source_shares
 from mmscale.train.loop import Hook
@@ -31,7 +31,9 @@ class MainStage:
         self.stepper = parts.stepper
         self.state = parts.state
         self.flops_per_token = flops_per_token(given.settings).training
-        self._made_from = from_first(_made_from(given) if given.env.is_first else None)
+        # A stage's folder may be trained further, too.
+        saved = newest_intact(Store.of_run(given.folder))[1] if given.env.is_first else {}
+        self._learned: dict[str, Any] = from_first(carried(saved))
 
     @property
     def begins_from(self) -> dict[str, Any]:
@@ -39,8 +41,8 @@ class MainStage:
         return {}
 
     def origin(self) -> dict[str, Any]:
-        """What weights of several runs were trained on, if the run began with such; otherwise empty."""
-        return self._made_from
+        """What the weights were trained on before, if the run began with such of other runs; otherwise empty."""
+        return self._learned
 
     def announce(self, *, attempt: int) -> list[str]:
         """Lines about the model, the data, and notes on the settings."""
@@ -82,11 +84,6 @@ class MainStage:
     def complete(self, tools: StageServices) -> None:
         """As `resumed`, after the last step."""
         self.resumed(tools)
-
-
-def _made_from(given: StageInputs) -> dict[str, Any]:
-    _, saved = newest_intact(Store.of_run(given.folder))
-    return {MADE_FROM: saved[MADE_FROM]} if MADE_FROM in saved else {}
 
 
 def _evaluation(config: Config, tools: StageServices) -> EvalHook | None:

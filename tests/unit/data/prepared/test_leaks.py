@@ -21,7 +21,7 @@ from mmscale.data.stream.segment_settings import SegmentSource
 from mmscale.report import page
 from mmscale.runs.recorded_leaks import leaks_in
 from mmscale.train.evaluated_on import EvaluatedOn
-from mmscale.train.learned_data import LEARNED, learned_from, made_from, read_before
+from mmscale.train.learned_data import LEARNED, carried, learned_from, made_from, read_before
 from mmscale.train.stages import sft_settings
 from tests.unit.data.prepared.test_shared_content import documents
 from tests.unit.data.samples import config, write_jsonl
@@ -136,7 +136,7 @@ def test_every_pair_of_sets_of_a_run_is_compared(how: str, reversed_sets: tuple[
 
 @pytest.mark.parametrize("weights", [(1.0, ()), (0.0, ((3, 1.0),)), (0.0, ())], ids=["trained", "later", "never"])
 @pytest.mark.parametrize("now", ["as it was", "moved", "missing", "other documents", "other tokenizers"])
-@pytest.mark.parametrize("by", ["stage", "stage of a fused run", "fused run", "mean"])
+@pytest.mark.parametrize("by", ["stage", "stage that goes on as a run", "stage of a fused run", "fused run", "mean"])
 def test_a_stage_names_what_the_main_run_has_trained_on(
     by: str, now: str, weights: tuple[float, Any], reversed_sets: tuple[Path, Path, str]
 ) -> None:
@@ -151,6 +151,7 @@ def test_a_stage_names_what_the_main_run_has_trained_on(
     other = {"data": [saved["data"][0] | {"identity": "none", "weight": 0.0, "later": ()}]}
     made = {
         "stage": {"sft": {"main_step": 4, LEARNED: learned_from(saved)}},
+        "stage that goes on as a run": carried({"sft": {"main_step": 4, LEARNED: learned_from(saved)}, "tasks": []}),
         "stage of a fused run": {"sft": {"main_step": 4, LEARNED: learned_from(made_from(saved, other))}},
         "fused run": made_from(saved, other),
         "mean": made_from(saved, other, newest=other),

@@ -13,7 +13,8 @@ import pytest
 from docs.measurements.run_folders import rebuild
 from mmscale.config.load import load, resolve
 from mmscale.plan.siblings import siblings
-from mmscale.report.compare import compare
+from mmscale.report.compare import Comparison, compare
+from mmscale.report.run_losses import ALL
 from tests.unit.report.test_eta_measurements import rows as ratio_rows
 
 ROOT = Path(__file__).parents[3]
@@ -21,6 +22,7 @@ RUNS: dict[str, dict[str, Any]] = orjson.loads((ROOT / "docs" / "measurements" /
 PARTS = ("", "/text", "/image")
 # Runs to the end, by model: with losses on the whole held-out split. The dense ones come first.
 WHOLE = {name: run for name, run in RUNS.items() if "joint" in run}
+STEPS: dict[str, Any] = orjson.loads((ROOT / "docs" / "measurements" / "eta_steps.json").read_bytes())["models"]
 MODELS = sorted({name.rpartition("_s")[0] for name in WHOLE}, key=lambda name: (name != "dense", name))
 
 
@@ -56,6 +58,20 @@ def rows() -> Iterator[str]:
             yield f"| {model} | {choice} | {capacity} | {last(run, '')} | {last(run, 'causal/')} |"
 
 
+def step_rows(comparison: Comparison) -> Iterator[str]:
+    """CPU time of steps, and eta by it: that by FLOPs times the ratio of throughputs."""
+    half_way = {model.name.rpartition("_s")[0]: model.name for model in comparison.models}
+    for name, one in STEPS.items():
+        seconds, throughput = one["seconds"], one["throughput_over_dense"]
+        cell = comparison.find(half_way[name], "causal", ALL, "flops", 0.5) if name in half_way else None
+        ratio = None if cell is None else cell.ratio.value
+        if name == "dense":
+            ratio = 1.0
+        etas = "not run | not run" if ratio is None else f"{ratio:.2f} | {ratio * throughput['median']:.2f}"
+        spread = f"{throughput['median']:.2f} ({throughput['min']:.2f} to {throughput['max']:.2f})"
+        yield f"| {name} | {seconds['median']:.3f} | {spread} | {etas} |"
+
+
 @pytest.mark.parametrize("row", list(rows()))
 def test_the_page_has_the_measured_row(row: str) -> None:
     assert row in (ROOT / "docs" / "eta.md").read_text()
@@ -83,5 +99,6 @@ def test_the_ratios_of_the_page_are_those_of_the_curves(tmp_path: Path) -> None:
     base = load(ROOT / "examples" / "icons" / "equal_loss.yaml")
     folders = rebuild({name: WHOLE[name] for name in names}, base, tmp_path)
     text = (ROOT / "docs" / "eta.md").read_text()
-    for row in ratio_rows(compare(folders[0], folders[1:])):
+    comparison = compare(folders[0], folders[1:])
+    for row in (*ratio_rows(comparison), *step_rows(comparison)):
         assert row in text, row

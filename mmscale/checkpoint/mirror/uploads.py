@@ -41,6 +41,26 @@ class Uploaded:
     seconds: float
 
 
+def wanted_steps(store: Store, retention: Retention) -> list[int]:
+    """Steps of the checkpoints of a run that its mirror should have, the newest first."""
+    steps, best = store.steps(), store.best()
+    newest = steps[-retention.keep :]
+    return [step for step in reversed(steps) if step in newest or retention.keeps(step) or step == best]
+
+
+def generation_of(store: Store, step: int) -> MirroredStep | None:
+    """The generation of a checkpoint of a run; None: it has no readable manifest."""
+    manifest = _manifest_of(store, step)
+    return None if manifest is None else MirroredStep.of(manifest)
+
+
+def _manifest_of(store: Store, step: int) -> CheckpointManifest | None:
+    try:
+        return integrity.read_manifest(store.path(step))
+    except (DamagedError, CheckpointError):
+        return None
+
+
 @dataclass
 class Uploader:
     """Uploads the checkpoints of one run's stage. One process at a time.
@@ -84,21 +104,15 @@ class Uploader:
         return next(iter(self.missing_steps()), None)
 
     def _wanted(self) -> list[int]:
-        steps, best = self.store.steps(), self.store.best()
-        newest = steps[-self.retention.keep :]
-        return [step for step in reversed(steps) if step in newest or self.retention.keeps(step) or step == best]
+        return wanted_steps(self.store, self.retention)
 
     def _local(self, step: int) -> MirroredStep | None:
         """The generation of a checkpoint of the run; None: it has no manifest, or was refused."""
-        manifest = self._manifest(step)
-        found = None if manifest is None else MirroredStep.of(manifest)
+        found = generation_of(self.store, step)
         return None if found is None or found.name in self.refused else found
 
     def _manifest(self, step: int) -> CheckpointManifest | None:
-        try:
-            return integrity.read_manifest(self.store.path(step))
-        except (DamagedError, CheckpointError):
-            return None
+        return _manifest_of(self.store, step)
 
     def _complete(self) -> set[MirroredStep]:
         return {one for one, is_complete in self._generations().items() if is_complete}

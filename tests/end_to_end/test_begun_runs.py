@@ -15,15 +15,16 @@ from mmscale.resilience.inject import VARIABLE
 from mmscale.runs.events import read_events
 from tests.end_to_end.running import losses, mmscale, ok
 
-pytestmark = pytest.mark.exhaustive
+pytestmark = pytest.mark.long
 
 STEPS = 4
 SOURCE = (
     *(f"train.steps={STEPS}", "optim.warmup=1", "train.eval_every=0", "checkpoint.asynchronous=false"),
     *("model.kind=dense", "model.experts.counts={}", "model.depth=null", "parallel.ep=1", "optim.lr=1e-2"),
+    "data.document_multiple=4",
 )
-# Documents are padded for every layout; no save comes before the last step.
-BEGUN = (f"train.steps={STEPS}", "data.document_multiple=4", "checkpoint.every=0", "checkpoint.allow_missing=true")
+# No save comes before the last step.
+BEGUN = (f"train.steps={STEPS}", "checkpoint.every=0", "checkpoint.allow_missing=true")
 
 
 @pytest.fixture(scope="module")
@@ -38,25 +39,31 @@ def sources(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=["fused", "upcycled"])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param("fused", marks=pytest.mark.exhaustive), "upcycled"],
+)
 def begun(sources: Path, request: pytest.FixtureRequest) -> tuple[Path, dict[int, float]]:
     """A run that has not begun, and the losses of one that was not disturbed, from a copy."""
-    whole = Path(shutil.copytree(sources / request.param, sources / f"{request.param}-whole"))
-    ok("train", whole / "config.yaml", *BEGUN)
-    return sources / request.param, losses(whole)
+    begun = sources / request.param
+    run, command = copied(begun, sources / "whole")
+    ok(*command)
+    return begun, losses(run)
 
 
 Begun = tuple[Path, dict[int, float]]
 
 
-def copied(begun: Begun, place: Path) -> Path:
-    return Path(shutil.copytree(begun[0], place / begun[0].name))
+def copied(begun: Path, place: Path) -> tuple[Path, tuple[str | Path, ...]]:
+    """A copy of the run, and the command that trains it."""
+    run = Path(shutil.copytree(begun, place / begun.name))
+    return run, ("train", run / "config.yaml", f"run.dir={place}", *BEGUN)
 
 
 @pytest.mark.parametrize("layout", ["cp=2", "ep=2"])
 def test_layouts_train_alike(layout: str, begun: Begun, tmp_path: Path) -> None:
-    run = copied(begun, tmp_path)
-    ended = mmscale("train", run / "config.yaml", *BEGUN, f"parallel.{layout}", nproc=2)
+    run, command = copied(begun[0], tmp_path)
+    ended = mmscale(*command, f"parallel.{layout}", nproc=2)
     if layout == "ep=2" and run.name == "fused":
         assert ended.status == 2 and "parallel.ep" in ended.err, ended  # it has no experts
         return
@@ -66,8 +73,8 @@ def test_layouts_train_alike(layout: str, begun: Begun, tmp_path: Path) -> None:
 
 def test_it_goes_on_from_memory(begun: Begun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not from the checkpoint of step 0 that it began with."""
-    run = copied(begun, tmp_path)
-    command = ("train", run / "config.yaml", *BEGUN, "resilience.memory_every=1")
+    run, train = copied(begun[0], tmp_path)
+    command = (*train, "resilience.memory_every=1")
     monkeypatch.setenv(VARIABLE, "*:4:step:kill")
     killed = mmscale(*command, nproc=2)
     assert killed.status not in (0, 2), killed
@@ -80,8 +87,8 @@ def test_it_goes_on_from_memory(begun: Begun, tmp_path: Path, monkeypatch: pytes
 
 def test_it_goes_on_elsewhere_from_its_mirror(begun: Begun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed before its first save: the mirror has the checkpoint that it began with."""
-    run = copied(begun, tmp_path)
-    command = ("train", run / "config.yaml", *BEGUN, f"checkpoint.mirror=file://{tmp_path}/mirror")
+    run, train = copied(begun[0], tmp_path)
+    command = (*train, f"checkpoint.mirror=file://{tmp_path}/mirror")
     monkeypatch.setenv(VARIABLE, "*:3:step:kill")
     killed = mmscale(*command)
     assert killed.status not in (0, 2), killed

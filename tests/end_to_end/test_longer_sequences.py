@@ -58,9 +58,8 @@ def test_a_run_goes_on_with_longer_sequences_and_yarn(config: Path, tmp_path: Pa
     }
 
 
-@pytest.mark.parametrize(
-    "routers", [pytest.param("joint", marks=pytest.mark.long), pytest.param("stage", marks=pytest.mark.exhaustive)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("routers", ["joint", pytest.param("stage", marks=pytest.mark.exhaustive)])
 def test_causal_numbers_after_longer_sequences(routers: str, config: Path, tmp_path: Path) -> None:
     """Thresholds and auxiliary routers: the run's own losses, those of `eval` and the export's are the same."""
     train = ("train", config, f"run.dir={tmp_path}", "model.experts.threshold_decay=0.9", "parallel.ep=1")

@@ -209,8 +209,10 @@ def test_a_phase_without_a_schedule_is_the_plug_ins(installed: Path) -> None:
         expected = 4 * learning_rate(alone, step=step - 10, steps=20, tokens=0)
         assert learning_rate(optim, step=step, steps=30, tokens=0) == pytest.approx(expected)
     assert steps > 10
-    with pytest.raises(ConfigError, match=r"optim.phases.0.schedule is .*one_cycle.*, wants one of constant"):
-        resolve(SMALL, [*given, "optim.phases=[{start: 10, schedule: one_cycle}]"])
+    for section in ("optim", "auxiliary.optim", "sft.optim"):
+        for name in ("one_cycle", "moma_plugins.schedule:OneCycle"):
+            with pytest.raises(ConfigError, match=rf"{section}.phases.0.schedule is .*{name}.*, wants one of constant"):
+                resolve(SMALL, [*given, f'{section}.phases=[{{start: 10, schedule: "{name}"}}]'])
 
 
 def test_a_schedule_that_gives_nonsense(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,9 @@ LATER = {"long", "exhaustive"}
 # Files without a test in `make test`, and what tests their kind there.
 NOTHING_SHORT = {
     "tests/distributed/test_archive_layouts.py": "test_archives restores and trains on; test_archive writes and reads",
+    "tests/distributed/test_fp4_layouts.py": "test_fp8_layouts; test_fp4_formats",
     "tests/distributed/test_mpi.py": "test_rank_env reads the variables of MPI; test_groups",
+    "tests/end_to_end/test_begun_runs.py": "test_upcycle; test_fuse",
     "tests/end_to_end/test_chat_page.py": "test_sft",
     "tests/end_to_end/test_chaos.py": "test_kills",
     "tests/end_to_end/test_comparison.py": "test_train; needs minutes",

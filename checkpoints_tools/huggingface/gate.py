@@ -110,7 +110,7 @@ class Continued:
 
     Attributes:
         begin: the beginning's ids.
-        new: ids after it, up to the end of the document.
+        new: ids after it, up to the end of the document or of an answer.
         gap: smallest difference between the two largest logits on the way; 0: a tie.
     """
 
@@ -127,11 +127,13 @@ class Computed:
         asked: token ids of each prompt.
         logits: fp32 [tokens, vocabulary] of each.
         continued: continuations of some of their beginnings.
+        ends: ids at which a continuation ends, as in generation_config.json.
     """
 
     asked: Sequence[Ids]
     logits: list[torch.Tensor]
     continued: list[Continued]
+    ends: tuple[int, ...]
 
 
 def compute(run: Path, step: int, asked: Sequence[Ids], *, routing: str | None) -> Computed:
@@ -155,8 +157,9 @@ def compute(run: Path, step: int, asked: Sequence[Ids], *, routing: str | None) 
         found = [logits([ids])[0, : len(ids)].clone() for ids in asked]
         begins = _beginnings(asked, length=length)
         never = never_generated(model.config)
-        continued = _continued(logits, begins, new_tokens=min(NEW_TOKENS, length - 1), never=never)
-    return Computed(asked, found, continued)
+        ends = model.vocabulary.ends
+        continued = _continued(logits, begins, new_tokens=min(NEW_TOKENS, length - 1), never=never, ends=ends)
+    return Computed(asked, found, continued, ends)
 
 
 def _beginnings(asked: Sequence[Ids], *, length: int) -> list[Ids]:
@@ -167,9 +170,22 @@ def _beginnings(asked: Sequence[Ids], *, length: int) -> list[Ids]:
 
 
 def _continued(
-    logits: Callable[[Sequence[Ids]], torch.Tensor], begins: Sequence[Ids], *, new_tokens: int, never: Sequence[int]
+    logits: Callable[[Sequence[Ids]], torch.Tensor],
+    begins: Sequence[Ids],
+    *,
+    new_tokens: int,
+    never: Sequence[int],
+    ends: Sequence[int],
 ) -> list[Continued]:
-    """The most likely tokens after each beginning, without a cache; `never`: ids that are not generated."""
+    """The most likely tokens after each beginning, without a cache.
+
+    Args:
+        logits: of a batch of sequences.
+        begins: the beginnings.
+        new_tokens: at most so many for each.
+        never: ids that are not generated.
+        ends: ids that end a continuation.
+    """
     rows = list(begins)
     gaps = [math.inf] * len(rows)
     for _ in range(new_tokens):
@@ -181,14 +197,15 @@ def _continued(
             gaps[number] = min(gaps[number], float(best.values[0] - best.values[1]))
             rows[number] = np.append(row, int(best.indices[0]))
     return [
-        Continued(begin, _document(row[len(begin) :].tolist()), gap)
+        Continued(begin, _ended(row[len(begin) :].tolist(), ends), gap)
         for begin, row, gap in zip(begins, rows, gaps, strict=True)
     ]
 
 
-def _document(ids: list[int]) -> list[int]:
-    """Ids up to and including the first `</s>`."""
-    return ids[: ids.index(EOS) + 1] if EOS in ids else ids
+def _ended(ids: list[int], ends: Sequence[int]) -> list[int]:
+    """Ids up to and including the first of `ends`."""
+    last = next((place for place, one in enumerate(ids) if one in ends), len(ids))
+    return ids[: last + 1]
 
 
 def reload(folder: Path, computed: Computed, expected: Expected, *, scratch: Path) -> dict[str, Any]:
@@ -229,7 +246,7 @@ def reload(folder: Path, computed: Computed, expected: Expected, *, scratch: Pat
         ) from RuntimeError(ended.stderr)
     found: dict[str, Any] = bounded.read_object(scratch / "found.json")
     for row, own in zip(found["generated"], computed.continued, strict=True):
-        row |= {way: _document(ids) for way, ids in row.items() if isinstance(ids, list)}
+        row |= {way: _ended(ids, computed.ends) for way, ids in row.items() if isinstance(ids, list)}
         row |= {"trainer": own.new, "gap": own.gap}
     return found
 

@@ -134,7 +134,7 @@ def check_changes(
     if rate is not None and rate.jumps and not yes:
         whole = f"{optim}.phases=[] " if settings(config).optim.phases else ""  # phases would end what is proposed
         raise ConfigError(
-            f"the learning rate would jump behind {where}: {rate}",
+            f"the learning rate would jump after {where}: {rate}",
             remedy=f"hold it ({whole}{optim}.schedule=constant {optim}.lr={rate.before:.3g}), "
             f"{_warm_up(rate, settings(config), optim)}or confirm with `mmscale train ... --yes`",
         )

@@ -222,8 +222,10 @@ def _parse_name(record: Mapping[str, Any], key: str) -> str | None:
     given = record.get(key)
     if given is None:
         return None
-    if not isinstance(given, str | int) or isinstance(given, bool) or given == "":
+    if not isinstance(given, str | int) or isinstance(given, bool):
         raise BadDocumentError(f"{key} is neither a string nor a number")
+    if given == "":
+        raise BadDocumentError(f"{key} is empty")
     return clean(str(given), key)
 
 

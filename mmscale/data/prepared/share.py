@@ -13,7 +13,18 @@ from mmscale.data.vocab import Vocabulary
 
 
 def nominal_share(config: Config) -> dict[str, float]:
-    """Share of each modality in the training tokens, which determines static expert capacities.
+    """The share that determines static expert capacities: `model.experts.share`, or with `auto` that of the data.
+
+    Raises:
+        ConfigError: no data set is named.
+        DataError: a data set is missing or damaged.
+    """
+    share = config.model.experts.share
+    return share_of_data(config) if share == "auto" else dict(share)
+
+
+def share_of_data(config: Config) -> dict[str, float]:
+    """Share of each modality in the training tokens.
 
     The weights of a blend count sequences. Packed sequences are nearly full, so these weights are also used for tokens.
     If weights change during a run, the initial ones are used, so that the shares do not depend on the number of steps.
@@ -22,8 +33,6 @@ def nominal_share(config: Config) -> dict[str, float]:
         ConfigError: no data set is named.
         DataError: a data set is missing or damaged.
     """
-    if config.model.experts.share != "auto":
-        return dict(config.model.experts.share)
     entries = named_sources(config)
     weights = first_weights(config)
     share = dict.fromkeys(config.vocab.names, 0.0)

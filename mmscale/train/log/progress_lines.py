@@ -163,6 +163,7 @@ def banner(
     device: str,
     plan: Mapping[str, Any] | None = None,
     share: Mapping[str, float] | None = None,
+    capacities: Mapping[str, float] | None = None,
     sources: Mapping[str, float] | None = None,
     attempt: int = 1,
     start_step: int = 0,
@@ -176,6 +177,7 @@ def banner(
         device: Name of a rank's device.
         plan: `mmscale.plan.plan(config)`; its `parameters` are shown.
         share: Share of each modality in the training data.
+        capacities: Share of each modality in the slots of experts; shown if it is not that of the data.
         sources: Share of each data set in the training sequences, by its folder.
         attempt: Number of this attempt.
         start_step: Steps done in the checkpoint that the attempt resumes from.
@@ -199,11 +201,17 @@ def banner(
     portions = f"{numbered(micro_batches, 'micro-batch', 'micro-batches')} of {train.micro_batch_size} per replica"
     rows.append(("step", f"{batch}; {portions}"))
     if share:
-        rows.append(("data", ", ".join(f"{name} {value:.1%}" for name, value in share.items())))
+        rows.append(("data", _percent(share)))
+    if capacities and _percent(capacities) != _percent(share or {}):
+        rows.append(("experts", f"slots for {_percent(capacities)} of the tokens (model.experts.share)"))
     if sources:
         rows.append(("sources", ", ".join(f"{name} {value:.1%}" for name, value in sources.items())))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+
+
+def _percent(share: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.1%}" for name, value in share.items())
 
 
 def source_shares(config: Config) -> dict[str, float]:

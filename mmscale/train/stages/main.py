@@ -7,6 +7,7 @@ from typing import Any
 from mmscale.checkpoint.layout import Store
 from mmscale.config import Config
 from mmscale.config.notes import notes
+from mmscale.data.prepared.share import share_of_data
 from mmscale.data.stream.loader import BatchLoader
 from mmscale.plan import flops_per_token, plan
 from mmscale.runs.metrics import evaluation_cut_short
@@ -47,13 +48,14 @@ class MainStage:
     def announce(self, *, attempt: int) -> list[str]:
         """Lines about the model, the data, and notes on the settings."""
         config = self.given.settings
-        shares = config.model.experts.share
+        capacities = config.model.experts.share
         shown = banner(
             config,
             world_size=self.given.env.world_size,
             device=device.device_name(),
             plan=plan(config),
-            share=shares if isinstance(shares, dict) else None,
+            share=share_of_data(config) if isinstance(capacities, dict) and self.given.env.is_first else None,
+            capacities=capacities if isinstance(capacities, dict) else None,
             sources=source_shares(config),
             attempt=attempt,
             start_step=self.state.step,

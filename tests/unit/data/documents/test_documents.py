@@ -165,6 +165,7 @@ def test_keys_of_a_record(tmp_path: Path) -> None:
     assert "unknown key 'task'" in reason(tmp_path, record | {"task": "digit"})
     assert "neither 'train' nor 'validation'" in reason(tmp_path, record | {"split": "test"})
     assert "group is neither" in reason(tmp_path, record | {"group": [1]})
+    assert "group is empty" in reason(tmp_path, record | {"group": ""})
     file = write_jsonl(tmp_path / "e.jsonl", [record | {"task": "digit"}])
     (piece,) = scan_files([file], slice_records=9, settings=ReadSettings(ignore=("task",)))
     assert isinstance(next(piece.read()), Document)

@@ -122,6 +122,7 @@ def test_banner(config: Config) -> None:
         device="NVIDIA H100 80GB HBM3",
         plan=plan(config),
         share={"text": 0.25, "image": 0.75},
+        capacities={"text": 0.3, "image": 0.7},
         sources={"data/first": 0.75, "data/second": 0.25},
         attempt=2,
         start_step=100,
@@ -134,6 +135,7 @@ def test_banner(config: Config) -> None:
     assert rows["layout"] == "4 ranks: tp 1, pp 1, cp 1, ep 1, dp 4, bf16, on NVIDIA H100 80GB HBM3"
     assert rows["step"] == "2.05k tokens = 16 sequences x 128; 2 micro-batches of 2 per replica"
     assert rows["data"] == "text 25.0%, image 75.0%"
+    assert rows["experts"] == "slots for text 30.0%, image 70.0% of the tokens (model.experts.share)"
     assert rows["sources"] == "data/first 75.0%, data/second 25.0%"
 
 

@@ -171,7 +171,7 @@ def test_holes_are_filled_after_an_attempt_without_them(
     ]
     for way in ways:
         one, other = (
-            infilled(model, *way, "--count", "1", "--max-tokens", "4", "--out", tmp_path / "out" / model.name)
+            infilled(model, *way, "--count", "1", "--max-tokens", "8", "--out", tmp_path / "out" / model.name)
             for model in (own, export)
         )
         assert [sample["tokens"] for sample in one["samples"]] == [sample["tokens"] for sample in other["samples"]]

@@ -32,11 +32,13 @@ class RouterFigures:
     """Metrics of one router over some batches, on all ranks.
 
     Attributes:
-        loss: mean binary cross entropy of a decision.
+        loss: mean binary cross entropy of a decision; 0 if it decided nothing.
+        decisions: their number; 0 if the batches lack its modality.
         sums: for each group or modality, sums with the names of mmscale.model.auxiliary.FIGURES.
     """
 
     loss: float
+    decisions: float
     sums: dict[str, list[float]]
 
 
@@ -119,7 +121,9 @@ class AuxiliaryTrainer:
             torch.distributed.all_reduce(flat, group=self.groups.tp)
             for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
                 gradient.copy_(part.view_as(gradient))
-        mine = torch.zeros(1, 2, dtype=torch.float64, device=device.taken())  # sum of mean losses, number of routers
+        mine = torch.zeros(
+            1, 2, dtype=torch.float64, device=device.taken()
+        )  # sum of mean losses, number of routers that decided
         if records:
             totals = torch.stack([torch.stack((record.decisions, record.loss)) for _, record in records])
             _sum_over_tokens(totals, self.groups)
@@ -127,7 +131,8 @@ class AuxiliaryTrainer:
             for (_, record), number in zip(records, decisions, strict=True):
                 for parameter in record.router.parameters():
                     parameter.main_grad.div_(number)  # type: ignore[attr-defined]
-            mine[0, 0], mine[0, 1] = (totals[:, 1] / decisions).sum(), len(records)
+            # A modality that the step lacks has routers that decided nothing.
+            mine[0, 0], mine[0, 1] = (totals[:, 1] / decisions).sum(), (totals[:, 0] > 0).sum()
             if self.groups.dp_cp.rank() > 0:  # every replica has the sum, so only one is counted
                 mine.zero_()
         norm, total = measure(self.optimizer, mine, self.groups)
@@ -175,7 +180,7 @@ def figures(learning: RouterLearning, groups: ProcessGroupCollection) -> Figures
         values = total.tolist()
         width = (len(values) - 2) // len(names)
         sums = {name: values[2 + n * width : 2 + (n + 1) * width] for n, name in enumerate(names)}
-        mine[key] = RouterFigures(loss=values[0] / max(values[1], 1.0), sums=sums)
+        mine[key] = RouterFigures(loss=values[0] / max(values[1], 1.0), decisions=values[1], sums=sums)
     if groups.pp.size() == 1:
         return mine
     everything: Figures = {}
@@ -201,10 +206,14 @@ def _sum_over_tokens(values: Tensor, groups: ProcessGroupCollection) -> None:
 
 
 def summary(found: Figures) -> dict[str, float]:
-    """Means over layers for logs: `loss` over all routers, `accuracy/<kind>` and the like by kind of decision."""
+    """Means over layers for logs: `loss`, `accuracy/<kind>` and the like by kind of decision.
+
+    Routers that decided nothing are left out; `loss` is missing if none did.
+    """
     values: dict[str, list[float]] = {}
     for (_, kind), router in found.items():
-        values.setdefault("loss", []).append(router.loss)
+        if router.decisions:
+            values.setdefault("loss", []).append(router.loss)
         total = torch.tensor([*router.sums.values()]).sum(dim=0)
         for name, value in ratios(total).items():
             values.setdefault(f"{kind}/{name}", []).append(value)

@@ -61,12 +61,16 @@ class SyntheticMixture:
         borders = borders // multiple * multiple
         # With `document_multiple`, every second document is shorter and padded to a multiple.
         short = [number % 2 * (multiple // 2) for number in range(self.documents)]
+        # A large multiple leaves no room for some of them.
+        if not any(end > start for start, end in pairwise(borders)):
+            borders[1:] = length
         absent = self.absent if index % 2 else None
         rows = self.config.train.micro_batch_size
         content = [
             [
                 self._read(rng, end - start - less, absent=absent, number=number)
                 for (start, end), less, number in zip(pairwise(borders), short, numbers, strict=True)
+                if end > start
             ]
             for numbers in np.arange(rows * self.documents).reshape(rows, -1) + index * rows * self.documents
         ]

@@ -24,18 +24,18 @@ _BEFORE = "mmscale.json"
 _SUFFIX = "_tokenizer"
 
 
-def settings(config: Config, tokenizers: dict[str, Any], history: TrainingHistory) -> dict[str, Any]:
+def settings(config: Config, tokenizers: dict[str, Any], history: TrainingHistory | None = None) -> dict[str, Any]:
     """The content of config.json under `mmscale`.
 
     Args:
         config: the run's configuration.
         tokenizers: fingerprints of the data set's tokenizers, `text_tokenizer` and so on; other entries are ignored.
-        history: what the model was trained with.
+        history: what the model was trained with; None: its configuration says it.
     """
     found = {name: str(value) for name, value in tokenizers.items() if name.endswith(_SUFFIX)}
     tested = {"oldest": OLDEST, "newest": NEWEST}
     held = {"format": 1, "config": config.model_dump(mode="json"), "tokenizers": found, "tested_transformers": tested}
-    return {KEY: held | history.as_fields()}
+    return {KEY: held | ({} if history is None else history.as_fields())}
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def _best(ranked: Tensor, count: int) -> Tensor:
 
 
 def _best_on_host(ranked: Tensor, count: int) -> Tensor:
-    """The same positions as a stable descending sort, in a third of its time (docs/performance.md).
+    """The same positions as a stable descending sort, in a third to a half of its time (docs/performance.md).
 
     A host sorts stably by comparing pairs of value and index. Here value and position are one integer, so no two are
     equal, and the largest ones are found without sorting the rest.

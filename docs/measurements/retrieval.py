@@ -4,7 +4,8 @@
 
 It writes 9,000 documents about 3,000 persons, prepares them, finds their neighbours, trains a small model with and
 without neighbours for each seed, and evaluates each run four times. The table goes to the terminal and to
-FOLDER/retrieval.json. Started again, it goes on with the runs and evaluations that are not there yet.
+FOLDER/retrieval.json, the figure to FOLDER/retrieval.png. Started again, it goes on with the runs and evaluations that
+are not there yet.
 """
 
 import json
@@ -96,10 +97,31 @@ def measure(folder: Path, steps: int, seeds: int) -> dict[str, dict[str, dict[st
     return found
 
 
+def draw(found: dict[str, dict[str, dict[str, float]]], file: Path) -> None:
+    """Draw what neighbours change in the held-out loss of models that were trained with them, a line for each seed."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    losses = found["trained with up to 2"]
+    figure, axes = plt.subplots(figsize=(5, 3.2), layout="constrained")
+    for seed in losses["0"]:
+        changes = [losses[wanted][seed] - losses["0"][seed] for wanted in EVALUATED]
+        axes.plot(changes, "o-", label=f"seed {seed}")
+    axes.axhline(0, color="0.6", linewidth=1)
+    axes.set_xticks(range(len(EVALUATED)), ["none", "1 nearest", "2 nearest", "2 random"])
+    axes.set_xlabel("neighbours before a held-out document")
+    axes.set_ylabel("change of its loss [nats per token]")
+    axes.legend(frameon=False)
+    figure.savefig(file, dpi=120)
+
+
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     place = Path(sys.argv[1])
     result = measure(place, steps=int(sys.argv[2]), seeds=int(sys.argv[3]))
+    draw(result, place / "retrieval.png")
     for run, rows in result.items():
         for wanted, by_seed in rows.items():
             losses = list(by_seed.values())

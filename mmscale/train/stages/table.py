@@ -56,11 +56,13 @@ class Stage:
 
     def unused(self, config: Config) -> tuple[str, ...]:
         """Settings of the main run's evaluations that a configuration gives, and that have no effect in this stage."""
-        given, own = (
-            {"checkpoint.keep_best": one.checkpoint.keep_best, "train.stop_when": one.train.stop_when}
-            for one in (config, self.settings(config))
-        )
-        return tuple(key for key, value in given.items() if value is not None and own[key] is None)
+        own = self.settings(config)
+        ignored = {
+            "checkpoint.keep_best": config.checkpoint.keep_best is not None and own.checkpoint.keep_best is None,
+            "train.stop_when": config.train.stop_when is not None and own.train.stop_when is None,
+            "train.tasks": not set(config.train.tasks) <= set(own.train.tasks),
+        }
+        return tuple(key for key, is_ignored in ignored.items() if is_ignored)
 
     def folder(self, run: Path) -> Path:
         """Folder of the stage in a run: checkpoints, logs, launches."""

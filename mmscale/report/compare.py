@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mmscale.checkpoint.layout import Store
 from mmscale.config import Config
 from mmscale.config.derived import tokens_per_step
-from mmscale.errors import UsageError
+from mmscale.data.prepared.identity import known
+from mmscale.errors import CheckpointError, UsageError
 from mmscale.report.equal_loss import Ratio, ratio_at
 from mmscale.report.held_out_parts import HeldOutParts
 from mmscale.report.history import History
@@ -204,6 +206,11 @@ def _notes(baseline: Model, models: Sequence[Model]) -> list[str]:
             )
         if _held_out(run.config) != _held_out(first.config):
             notes.append(f"{model.name}: evaluated on another part of the held-out split than {baseline.name}")
+        if (theirs := _weights(run.folder)) != (ours := _weights(first.folder)) and None not in (theirs, ours):
+            notes.append(
+                f"{model.name}: the weights of `mmscale data dedup` or `data select` are other ones than those of "
+                f"{baseline.name}, so it was trained on other documents of the same data"
+            )
         if differing := _other_objective(run.config, first.config):
             notes.append(f"{model.name}: another objective than {baseline.name}: {', '.join(differing)}")
         if _schedule(run.config) != _schedule(first.config):
@@ -215,6 +222,16 @@ def _notes(baseline: Model, models: Sequence[Model]) -> list[str]:
     if any(len(model.runs) == 1 for model in (baseline, *models)):
         notes.append("one seed of a model: its ratios have no spread")
     return notes
+
+
+def _weights(run: Path) -> tuple[str, ...] | None:
+    """Names of the weights that training applied to the documents of each data set; None: no checkpoint says so."""
+    store = Store.of_run(run)
+    try:
+        data = known(store.info(store.choose()))
+    except (CheckpointError, ValueError):
+        return None
+    return None if data is None else tuple(one.selection for one in data)
 
 
 def _of_part(model: Model, *, whole: bool) -> list[str]:

@@ -13,6 +13,7 @@ import PIL.Image
 import pytest
 
 from launch.goodput import goodput
+from mmscale.checkpoint.layout import INFO, Store
 from mmscale.cli import main
 from mmscale.config import Config
 from mmscale.config.derived import tokens_per_step
@@ -292,3 +293,24 @@ def test_command(runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.Capture
     assert main([*command, "--out", "eta.pdf"]) == 2
     assert main(["compare", *map(str, runs), "--at", "0,1"]) == 2
     assert "needs shares above 0 and up to 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("mine", "theirs", "noted"), [
+    ("", "dedup-1", True),
+    ("dedup-1", "dedup-2", True),
+    ("dedup-1", "dedup-1", False),
+    ("", None, False),  # no checkpoint says which
+])  # fmt: skip
+def test_other_weights_of_the_same_documents(
+    runs: tuple[Path, Path], mine: str, theirs: str | None, noted: bool
+) -> None:
+    for run, selection in zip(runs, (mine, theirs), strict=True):
+        if selection is not None:
+            source = {"path": "data/none", "weight": 1.0, "identity": "a", "selection": selection}
+            saved = Store.of_run(run).path(STEPS)
+            saved.mkdir(parents=True)
+            (saved / INFO).write_text(json.dumps({"data": [source]}))
+    found = [
+        note for note in compare(runs[0], [runs[1]]).notes if "trained on other documents of the same data" in note
+    ]
+    assert [note.split(":")[0] for note in found] == (["4t4i"] if noted else [])

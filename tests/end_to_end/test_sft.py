@@ -208,7 +208,8 @@ def test_it_is_given_routers_and_exported(folder: Path, tuned: Tuned, tmp_path: 
     routers = ("auxiliary.steps=2", "auxiliary.calibration_batches=0")
     ok("train", run / "config.yaml", "--stage", "auxiliary", *routers)
     ok("convert", "to-hf", run, tmp_path / "hf", timeout_s=600)
-    assert json.loads((tmp_path / "hf/config.json").read_text())["mmscale"]["main_data"] == learned
+    exported = json.loads((tmp_path / "hf/config.json").read_text())["mmscale"]
+    assert exported["read_before"] == [[one["path"], one["identity"]] for one in learned]
     picture = folder / "chat/held_out_0000.png"
     asked = ("--chat", "--image", picture, "--prompt", "Which digit is this?", "--count", "1", "--temperature", "0")
     answers = [

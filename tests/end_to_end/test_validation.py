@@ -294,7 +294,7 @@ def test_evaluation_stage_and_resume(alone: tuple[Path, Ended], config: Path, se
 def test_sources_need_no_held_out_documents(config: Path, sets: Sets, tmp_path: Path) -> None:
     settings = (f"data.path={sets.silent}", f"data.validation.same={sets.same}")
     ended = train(config, tmp_path, *settings, "train.steps=2", "train.eval_every=1", "train.eval_batches=1")
-    assert "step 1: validation same (batch routing)" in ended.err and ": held-out" not in ended.err
+    assert "step 1: validation same (batch routing)" in ended.err and "step 1: held-out" not in ended.err
     assert {HeldOut.of(key).name for key in held_out(tmp_path / "tiny")} == {"same"}  # type: ignore[union-attr]
     found = json.loads(mmscale("eval", tmp_path / "tiny", "--routing", "causal", "--batches", "1", "--json").out)
     assert found["routers"] and "loss" not in found

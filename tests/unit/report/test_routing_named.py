@@ -22,6 +22,7 @@ from mmscale.runs.routes import routes
 from mmscale.tables.routings import measured_routings
 from mmscale.train.hooks import held_out_line
 from mmscale.train.log.metrics_log import MetricsLog
+from tests.unit.report.test_lines_apart import FIGURES
 
 COUNTS = {"counts": {"text": 2, "image": 2}}
 MODELS: dict[str, dict[str, Any]] = {
@@ -34,14 +35,6 @@ MODELS: dict[str, dict[str, Any]] = {
     "token_choice_depth": {"kind": "moma", "experts": {**COUNTS, "token_choice": {}}, "depth": {}},
     "joint": {"kind": "moma", "experts": COUNTS, "auxiliary": {"mode": "joint"}},
 }
-FIGURES = (
-    "loss",
-    "loss/text",
-    "loss/image",
-    "bits_per_byte/text",
-    "conditional_loss/text_given_image",
-    "accuracy/which",
-)
 SETS = ("", "source/a", "web")
 STEPS = (10, 20)
 SAYS = ("batch routing", "how experts were chosen")

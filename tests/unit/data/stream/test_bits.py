@@ -70,6 +70,7 @@ def test_every_byte_is_a_token_of_its_own(tmp_path: Path) -> None:
 
 def test_a_chart_of_the_report(tmp_path: Path) -> None:
     class Columns:
+        routes = True
         columns = ("loss/text", "eval/bits_per_byte/text", "eval/validation/web/causal/bits_per_byte/text")
 
     (chart,) = _Builder(["run"], [Columns()])._bits()  # type: ignore[list-item]

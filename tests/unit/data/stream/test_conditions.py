@@ -76,6 +76,7 @@ def test_ends_and_begins_are_neither_text_nor_a_condition() -> None:
 
 def test_a_chart_for_each_pair() -> None:
     class Columns:
+        routes = True
         columns = (
             "loss/text",
             "eval/conditional_loss/text_given_image",
